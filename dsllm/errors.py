@@ -1,0 +1,42 @@
+"""What dsllm raises at its users. The command line prints the message as it is, on one line, and exits with `exit_code`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class DsllmError(Exception):
+    """A fault that stopped dsllm: the message says what happened and what to do about it."""
+
+    exit_code = 1
+
+
+class UserError(DsllmError):
+    """A mistake that the user can mend: what was given, what the rule is, what to change."""
+
+    exit_code = 2
+
+
+class SpecError(UserError):
+    """Every problem of one spec. `problems` holds a complete sentence for each."""
+
+    def __init__(self, problems: Sequence[str], source: str = "spec") -> None:
+        self.problems = list(problems)
+        self.source = source
+        if len(self.problems) == 1:
+            message = f"{source}: {self.problems[0]}"
+        else:
+            message = "\n".join([f"{source}: {len(self.problems)} problems", *(f"  {problem}" for problem in self.problems)])
+        super().__init__(message)
+
+
+class DataError(UserError):
+    """A text source, a tokenizer or a token shard that cannot be used as it is."""
+
+
+class CheckpointError(DsllmError):
+    """A checkpoint that could not be written or read. Earlier checkpoints are untouched."""
+
+
+class TrainingError(DsllmError):
+    """A run that cannot go on, with the reason."""

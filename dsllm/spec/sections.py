@@ -1,0 +1,310 @@
+"""The spec: what to train, in one frozen and closed tree.
+
+Pure by design: no torch, no environment, no file access. The docstring under a field is its documentation, its
+description in `dsllm schema`, and what the error messages quote. World size is never a field: it is an argument of
+whatever needs it, because the same spec must mean the same optimisation on any number of GPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OffloadDevice = Literal["none", "cpu", "nvme"]
+Precision = Literal["bf16", "fp16", "fp32"]
+
+PRETRAINED_VOCAB_SIZES = {"gpt2": 50257}
+"""Token counts of pretrained tokenizers that presets name, so that predictions need no download."""
+
+
+class Section(BaseModel):
+    """Common to every part of the spec: immutable, no unknown keys, documented by attribute docstrings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The shape of the network."""
+
+    family: Literal["gpt2", "llama"]
+    """Architecture, built from transformers' own classes."""
+    num_layers: PositiveInt
+    """Transformer blocks."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    num_attention_heads: PositiveInt
+    """Query heads; they divide `hidden_size`."""
+    num_key_value_heads: PositiveInt | None = None
+    """Key and value heads (grouped queries, llama only); as many as the query heads when absent."""
+    intermediate_size: PositiveInt | None = None
+    """Width of the feed-forward layer. When absent: 4 x hidden for gpt2; 8/3 x hidden, rounded up to 128, for llama."""
+    max_position_embeddings: PositiveInt = 1024
+    """Longest sequence the model can read."""
+    vocab_size: PositiveInt | None = None
+    """Tokens the model knows; that of the tokenizer when absent."""
+    vocab_padding_multiple: PositiveInt = 128
+    """The embedding's rows are rounded up to a multiple of this, which matrix kernels like; 1 switches it off."""
+    tie_word_embeddings: bool = True
+    """Whether the output projection shares the embedding's weights."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout of embeddings, attention and residuals (gpt2 only); 0 for pre-training."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary position embedding (llama only)."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Epsilon of the layer norms."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; residual projections get it divided by sqrt(2 x layers)."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel: torch's fused scaled-dot-product attention, or the plain one."""
+
+
+class PretrainedTokenizer(Section):
+    """A tokenizer that exists: a Hugging Face folder or Hub name."""
+
+    kind: Literal["pretrained"]
+    """Marks a pretrained tokenizer."""
+    name: str
+    """A folder, or a name on the Hugging Face Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    trust_remote_code: bool = False
+    """Whether code that the Hub repository brings may run. Only for repositories that you have read."""
+
+
+class SentencePieceTokenizer(Section):
+    """A sentencepiece vocabulary, trained on the run's own text."""
+
+    kind: Literal["sentencepiece"]
+    """Marks a sentencepiece tokenizer."""
+    vocab_size: Annotated[int, Field(ge=300)] = 8192
+    """Tokens in the vocabulary; 256 of them are bytes, so that any text can be written."""
+    algorithm: Literal["bpe", "unigram"] = "bpe"
+    """How the vocabulary is found."""
+    training_bytes: PositiveInt = 50_000_000
+    """Text to train on at most, taken from the start of every source by its weight."""
+
+
+class BpeTokenizer(Section):
+    """A byte-level BPE vocabulary like GPT-2's, trained on the run's own text with `tokenizers`."""
+
+    kind: Literal["bpe"]
+    """Marks a byte-level BPE tokenizer."""
+    vocab_size: Annotated[int, Field(ge=300)] = 8192
+    """Tokens in the vocabulary; 256 of them are bytes, so that any text can be written."""
+    training_bytes: PositiveInt = 50_000_000
+    """Text to train on at most, taken from the start of every source by its weight."""
+
+
+Tokenizer = Annotated[PretrainedTokenizer | SentencePieceTokenizer | BpeTokenizer, Field(discriminator="kind")]
+
+
+class PythonStdlibSource(Section):
+    """The standard library's own source files, tests left out: text that every Python has."""
+
+    kind: Literal["python-stdlib"]
+    """Marks the built-in source."""
+    weight: PositiveFloat = 1.0
+    """Share of this source in the mix, relative to the other weights."""
+
+
+class TextSource(Section):
+    """Local UTF-8 text files, a document each."""
+
+    kind: Literal["text"]
+    """Marks local text files."""
+    path: str
+    """A file, a folder (every .txt, .md and .py below it), or a glob."""
+    weight: PositiveFloat = 1.0
+    """Share of this source in the mix, relative to the other weights."""
+
+
+class HuggingFaceSource(Section):
+    """A dataset of the Hugging Face `datasets` library."""
+
+    kind: Literal["huggingface"]
+    """Marks a Hugging Face dataset."""
+    name: str
+    """A name on the Hub, or a folder written by `save_to_disk`."""
+    subset: str | None = None
+    """Configuration of the dataset, where it has several."""
+    split: str = "train"
+    """Split to read."""
+    text_column: str = "text"
+    """Column that holds the documents."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    weight: PositiveFloat = 1.0
+    """Share of this source in the mix, relative to the other weights."""
+
+
+Source = Annotated[PythonStdlibSource | TextSource | HuggingFaceSource, Field(discriminator="kind")]
+
+
+class Data(Section):
+    """The text to train on."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """Where documents come from."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0005
+    """Share of the documents that is held out: no training sample touches them."""
+    directory: str | None = None
+    """Folder of the prepared tokens; `data/<spec name>` when absent."""
+    shard_tokens: Annotated[int, Field(ge=1024)] = 100_000_000
+    """Tokens in a shard file at most."""
+
+
+class Batch(Section):
+    """How many sequences, and how long. Counts are sequences unless a name says tokens."""
+
+    sequence_length: PositiveInt
+    """Tokens in a sequence."""
+    global_batch_size: PositiveInt
+    """Sequences in an optimizer step, over all ranks and micro-batches."""
+    micro_batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Sequences per GPU per forward pass, or `auto`: the largest that divides the batch and is predicted to fit."""
+
+
+class Training(Section):
+    """How long, and how precisely. Of `tokens` and `train_steps` the first reached ends the run."""
+
+    tokens: PositiveInt | None = None
+    """Tokens to train on."""
+    train_steps: PositiveInt | None = None
+    """Optimizer steps to train for."""
+    precision: Precision = "bf16"
+    """Type of weights and activations; the optimizer keeps an fp32 master copy."""
+    gradient_accumulation_precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Type in which gradients add up over micro-batches; `auto` is fp32 wherever the ZeRO stage can."""
+    loss_scale: NonNegativeFloat = 0.0
+    """Loss scale of fp16; 0 is dynamic."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Blocks whose activations are computed again in backward: none, every second one, or all."""
+    compile: bool = False
+    """Whether blocks are compiled with torch.compile."""
+    loss: Literal["auto", "chunked", "fused", "plain"] = "auto"
+    """How cross-entropy is computed: in chunks of the sequence, by liger-kernel's fused kernel (CUDA), or plainly.
+    `auto` is fused where that is installed and can run, else chunked."""
+
+
+class Optimizer(Section):
+    """AdamW, with weight decay on matrices only."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decay of matrices; vectors (biases, norms) are never decayed."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest allowed norm of the gradients; 0 switches clipping off."""
+
+
+class Schedule(Section):
+    """Learning rate over the run: a pure function of the step."""
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after the warm-up; `wsd` is warm-up, stable, decay."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+    min_learning_rate_ratio: Fraction = 0.1
+    """Learning rate at the end, as a share of the peak (not for `constant`)."""
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of the run that `wsd` decays over, at its end."""
+
+
+class Zero(Section):
+    """DeepSpeed ZeRO: what is partitioned over the ranks, and what is moved off the GPU."""
+
+    stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+    offload_optimizer: OffloadDevice = "none"
+    """Where optimizer states live: cpu from stage 1 on, nvme at stage 3."""
+    offload_param: OffloadDevice = "none"
+    """Where parameters live between uses: stage 3 only."""
+    nvme_path: str | None = None
+    """Folder on the NVMe drive, for offload to nvme."""
+    overlap_comm: bool = False
+    """Whether gradients are reduced while backward goes on. Off by default: versions of DeepSpeed corrupted gradients."""
+    reduce_bucket_elements: PositiveInt | None = None
+    """Gradient elements reduced at a time; fitted to the model when absent."""
+    gather_bucket_elements: PositiveInt | None = None
+    """Parameter elements gathered at a time after a step (stages 1 and 2), or ahead of use (stage 3); fitted when absent."""
+    persistence_threshold_elements: NonNegativeInt | None = None
+    """Stage 3: parameters up to this size stay whole on every rank; fitted when absent."""
+    max_live_elements: PositiveInt | None = None
+    """Stage 3: parameters gathered at any time at most; fitted when absent."""
+
+
+class Checkpoint(Section):
+    """When the run's state is written, and how much of it is kept."""
+
+    interval: PositiveInt = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: PositiveInt = 3
+    """Checkpoints kept; older ones are deleted once a newer one is complete."""
+
+
+class Evaluation(Section):
+    """Validation loss on a fixed set of samples."""
+
+    interval: PositiveInt = 250
+    """Steps between evaluations; the first and the last step are always evaluated."""
+    batches: PositiveInt = 20
+    """Validation samples, in global batches, at most."""
+
+
+class Wandb(Section):
+    """Weights & Biases."""
+
+    project: str = "dsllm"
+    """Project of the run."""
+    entity: str | None = None
+    """Team or user; the key's own when absent."""
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is online where a key is found, offline otherwise."""
+
+
+class Logging(Section):
+    """Where metrics go besides the screen and `metrics.jsonl`."""
+
+    wandb: Wandb | None = None
+    """Weights & Biases; absent, nothing is sent or written."""
+    tensorboard: bool = True
+    """Whether TensorBoard files are written under `logs/tensorboard`."""
+
+
+class Spec(Section):
+    """One training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    """Name of the run and of its folder: letters, digits, `.`, `_` and `-`."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
+    """Decides initial weights and the order of samples."""
+    model: Model
+    """The network."""
+    tokenizer: Tokenizer
+    """How text becomes tokens."""
+    data: Data
+    """The text."""
+    batch: Batch
+    """The batch."""
+    training: Training
+    """The run's length and precision."""
+    optimizer: Optimizer = Optimizer()
+    """The optimizer."""
+    schedule: Schedule = Schedule()
+    """The learning rate over time."""
+    zero: Zero = Zero()
+    """The partitioning."""
+    checkpoint: Checkpoint = Checkpoint()
+    """Saving."""
+    evaluation: Evaluation = Evaluation()
+    """Validation."""
+    logging: Logging = Logging()
+    """Dashboards."""
