@@ -9,20 +9,37 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from dsllm.errors import SpecError
+from dsllm.spec.derived import train_steps, vocab_size
+from dsllm.spec.rules import broken_rules
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 OffloadDevice = Literal["none", "cpu", "nvme"]
 Precision = Literal["bf16", "fp16", "fp32"]
 
-PRETRAINED_VOCAB_SIZES = {"gpt2": 50257}
-"""Token counts of pretrained tokenizers that presets name, so that predictions need no download."""
-
 
 class Section(BaseModel):
-    """Common to every part of the spec: immutable, no unknown keys, documented by attribute docstrings."""
+    """Common to every part of the spec: immutable, no unknown keys, documented by attribute docstrings.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    Strict, because nothing that the user wrote is rewritten: `true` is not 1 and "8" is not 8. Only sequences may be
+    lists or tuples, since YAML knows no tuples.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Model(Section):
@@ -145,7 +162,7 @@ Source = Annotated[PythonStdlibSource | TextSource | HuggingFaceSource, Field(di
 class Data(Section):
     """The text to train on."""
 
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
     """Where documents come from."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0005
     """Share of the documents that is held out: no training sample touches them."""
@@ -195,7 +212,7 @@ class Optimizer(Section):
     """The optimizer."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate."""
-    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.95)
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
     """Decay of the first and second moment."""
     epsilon: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
@@ -229,12 +246,13 @@ class Zero(Section):
     """Where parameters live between uses: stage 3 only."""
     nvme_path: str | None = None
     """Folder on the NVMe drive, for offload to nvme."""
-    overlap_comm: bool = False
-    """Whether gradients are reduced while backward goes on. Off by default: versions of DeepSpeed corrupted gradients."""
+    overlap_comm: bool | Literal["auto"] = "auto"
+    """Whether communication goes on beside computation; `auto` is on at stage 3 and off at stages 1 and 2, where
+    versions of DeepSpeed have corrupted gradients."""
     reduce_bucket_elements: PositiveInt | None = None
     """Gradient elements reduced at a time; fitted to the model when absent."""
     gather_bucket_elements: PositiveInt | None = None
-    """Parameter elements gathered at a time after a step (stages 1 and 2), or ahead of use (stage 3); fitted when absent."""
+    """Parameter elements gathered at a time after a step (stages 1, 2), or ahead of use (stage 3); fitted when absent."""
     persistence_threshold_elements: NonNegativeInt | None = None
     """Stage 3: parameters up to this size stay whole on every rank; fitted when absent."""
     max_live_elements: PositiveInt | None = None
@@ -308,3 +326,28 @@ class Spec(Section):
     """Validation."""
     logging: Logging = Logging()
     """Dashboards."""
+
+    @model_validator(mode="after")
+    def _keep_the_rules(self) -> Spec:
+        """Refuses, with every broken rule at once, sections that are each valid but not together."""
+        problems = broken_rules({name: getattr(self, name) for name in type(self).model_fields})
+        if problems:
+            raise SpecError(problems)
+        return self
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model knows, before padding: the model's own field, else what the tokenizer has."""
+        size = vocab_size(self.model, self.tokenizer)
+        assert size is not None, "the rules refuse a spec whose vocabulary is unknown"
+        return size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in an optimizer step, over all ranks."""
+        return self.batch.global_batch_size * self.batch.sequence_length
+
+    @property
+    def train_steps(self) -> int:
+        """Optimizer steps of the whole run: whichever of `tokens` and `train_steps` is reached first."""
+        return train_steps(self.training, self.tokens_per_step)

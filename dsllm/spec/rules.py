@@ -1,0 +1,292 @@
+"""Rules between the fields and sections of a spec, each with what was given, the rule and the remedy.
+
+A rule is a generator of sentences whose parameter names are the sections that it reads, so that it can run as soon as
+those sections are valid, whatever is wrong with the others. What DeepSpeed would refuse hours later, or silently
+ignore, is refused here; the DeepSpeed sources named below are those of 0.19.8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dsllm.spec.derived import PRETRAINED_VOCAB_SIZES, tokenizer_vocab_size, train_steps, vocab_size
+
+if TYPE_CHECKING:
+    from dsllm.spec.sections import Batch, Model, Schedule, Section, Tokenizer, Training, Zero
+
+Rule = Callable[..., Iterator[str]]
+
+_RULES: list[Rule] = []
+
+
+def rule(function: Rule) -> Rule:
+    """Registers a generator of sentences; the order in this file is the order of the messages."""
+    _RULES.append(function)
+    return function
+
+
+def broken_rules(sections: Mapping[str, object]) -> list[str]:
+    """Every sentence of the rules that can run on these valid sections, keyed by their names in the spec."""
+    problems: list[str] = []
+    for check in _RULES:
+        names = check.__code__.co_varnames[: check.__code__.co_argcount]
+        if all(name in sections for name in names):
+            problems.extend(check(*(sections[name] for name in names)))
+    return problems
+
+
+def _differs_from_default(section: Section, field: str) -> bool:
+    """Whether the field says something. Its mere presence does not: a resolved spec writes out every default."""
+    default: Any = type(section).model_fields[field].default
+    return bool(getattr(section, field) != default)
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+@rule
+def heads_divide_the_width(model: Model) -> Iterator[str]:
+    width, heads = model.hidden_size, model.num_attention_heads
+    if width % heads:
+        yield (
+            f"model.num_attention_heads: given {heads} with hidden_size {width}; the heads must divide the width; "
+            f"try num_attention_heads {_nearest_divisor(width, heads)}, or "
+            f"hidden_size {_nearest_multiple(width, heads)}"
+        )
+    elif model.family == "llama" and (width // heads) % 2:
+        yield (
+            f"model.num_attention_heads: given {heads} with hidden_size {width}, which is {width // heads} a head; "
+            f"rotary positions need an even number; change either"
+        )
+
+
+@rule
+def key_value_heads_divide_the_heads(model: Model) -> Iterator[str]:
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    if model.family == "llama" and groups is not None and heads % groups:
+        yield (
+            f"model.num_key_value_heads: given {groups} with num_attention_heads {heads}; the former must divide the "
+            f"latter; try {_nearest_divisor(heads, groups)}"
+        )
+
+
+@rule
+def fields_belong_to_the_family(model: Model) -> Iterator[str]:
+    foreign = {"gpt2": ("num_key_value_heads", "rope_theta"), "llama": ("dropout",)}[model.family]
+    for field in foreign:
+        if _differs_from_default(model, field):
+            yield (
+                f"model.{field}: given {getattr(model, field)} with family {model.family}, which has no such thing; "
+                f"remove it, or choose another family"
+            )
+
+
+@rule
+def model_holds_the_vocabulary(model: Model, tokenizer: Tokenizer) -> Iterator[str]:
+    size = tokenizer_vocab_size(tokenizer)
+    if vocab_size(model, tokenizer) is None:
+        known = ", ".join(sorted(PRETRAINED_VOCAB_SIZES))
+        yield (
+            f"model.vocab_size: missing, and the size of this pretrained tokenizer is only known from its files (known "
+            f"without: {known}); set model.vocab_size to its number of tokens"
+        )
+    elif model.vocab_size is not None and size is not None and model.vocab_size < size:
+        yield (
+            f"model.vocab_size: given {model.vocab_size}; the tokenizer has {size} tokens and the model must know them "
+            f"all; set it to {size} or more, or remove it"
+        )
+
+
+# --- the batch --------------------------------------------------------------------------------------------------------
+
+
+@rule
+def sequence_fits_the_positions(model: Model, batch: Batch) -> Iterator[str]:
+    if batch.sequence_length > model.max_position_embeddings:
+        yield (
+            f"batch.sequence_length: given {batch.sequence_length}; the model reads at most "
+            f"model.max_position_embeddings = {model.max_position_embeddings}; shorten the one or raise the other"
+        )
+
+
+@rule
+def micro_batch_divides_the_batch(batch: Batch) -> Iterator[str]:
+    micro, whole = batch.micro_batch_size, batch.global_batch_size
+    if micro == "auto":
+        return
+    if micro > whole:
+        yield (
+            f"batch.micro_batch_size: given {micro}; it cannot exceed global_batch_size = {whole}; "
+            f"set it to {whole} or a divisor of it"
+        )
+    elif whole % micro:
+        yield (
+            f"batch.micro_batch_size: given {micro}; it must divide global_batch_size = {whole}; "
+            f"try micro_batch_size {_nearest_divisor(whole, micro)}, or "
+            f"global_batch_size {_nearest_multiple(whole, micro)}"
+        )
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+@rule
+def run_has_an_end(training: Training) -> Iterator[str]:
+    if training.tokens is None and training.train_steps is None:
+        yield "training: neither tokens nor train_steps is given; one of them must end the run; set training.tokens"
+
+
+@rule
+def schedule_fits_the_run(schedule: Schedule, batch: Batch, training: Training) -> Iterator[str]:
+    if training.tokens is None and training.train_steps is None:
+        return
+    steps = train_steps(training, batch.global_batch_size * batch.sequence_length)
+    if schedule.warmup_steps > steps:
+        yield (
+            f"schedule.warmup_steps: given {schedule.warmup_steps}; the whole run has {steps} steps; "
+            f"lower it, or lengthen the run"
+        )
+    elif schedule.name == "wsd" and schedule.warmup_steps + schedule.decay_fraction * steps > steps:
+        yield (
+            f"schedule.decay_fraction: given {schedule.decay_fraction:g} after {schedule.warmup_steps} steps of "
+            f"warm-up; the two must fit in the run's {steps} steps; lower either"
+        )
+
+
+@rule
+def schedule_fields_belong_to_its_shape(schedule: Schedule) -> Iterator[str]:
+    if schedule.name != "wsd" and _differs_from_default(schedule, "decay_fraction"):
+        yield (
+            f"schedule.decay_fraction: given {schedule.decay_fraction:g} with schedule {schedule.name}; only wsd has a "
+            f"decay phase; remove it, or set schedule.name to wsd"
+        )
+    if schedule.name == "constant" and _differs_from_default(schedule, "min_learning_rate_ratio"):
+        yield (
+            f"schedule.min_learning_rate_ratio: given {schedule.min_learning_rate_ratio:g} with schedule constant, "
+            f"which never falls; remove it, or choose another schedule"
+        )
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+@rule
+def loss_scale_is_for_fp16(training: Training) -> Iterator[str]:
+    if training.loss_scale and training.precision != "fp16":
+        yield (
+            f"training.loss_scale: given {training.loss_scale:g} with precision {training.precision}; only fp16 scales "
+            f"its loss; remove it, or set training.precision to fp16"
+        )
+
+
+@rule
+def gradients_add_up_in_a_type_that_exists(training: Training, zero: Zero) -> Iterator[str]:
+    given, precision = training.gradient_accumulation_precision, training.precision
+    if given == "auto" or given == precision:
+        return
+    if given != "fp32":
+        yield (
+            f"training.gradient_accumulation_precision: given {given} with precision {precision}; gradients add up in "
+            f"fp32 or in the precision of the weights; set it to auto"
+        )
+    elif zero.stage == 0:
+        # runtime/engine.py, _do_optimizer_sanity_check: NotImplementedError, "unsupported mix"
+        yield (
+            f"training.gradient_accumulation_precision: given fp32 with precision {precision} at zero.stage 0, where "
+            f"DeepSpeed cannot; set it to auto or {precision}, or zero.stage to 1 or more"
+        )
+
+
+# --- ZeRO -------------------------------------------------------------------------------------------------------------
+
+_LOWEST_STAGE = {
+    ("offload_optimizer", "cpu"): 1,
+    # stages 1 and 2 would quietly use the CPU: runtime/zero/stage_1_and_2.py asks only for "not none"
+    ("offload_optimizer", "nvme"): 3,
+    # stages 0 to 2 never read the block: runtime/engine.py hands it to stage 3 alone
+    ("offload_param", "cpu"): 3,
+    ("offload_param", "nvme"): 3,
+}
+
+
+@rule
+def offload_needs_its_stage(zero: Zero) -> Iterator[str]:
+    for (field, device), lowest in _LOWEST_STAGE.items():
+        if getattr(zero, field) == device and zero.stage < lowest:
+            need = "needs zero.stage 3" if lowest == 3 else f"needs zero.stage {lowest} or more"
+            yield (
+                f"zero.{field}: given {device} at zero.stage {zero.stage}; it {need}; "
+                f"raise zero.stage, or set zero.{field} to none"
+            )
+
+
+@rule
+def nvme_has_a_path(zero: Zero) -> Iterator[str]:
+    fields = [field for field in ("offload_optimizer", "offload_param") if getattr(zero, field) == "nvme"]
+    if fields and zero.nvme_path is None:
+        yield f"zero.nvme_path: missing; zero.{fields[0]} is nvme; name a folder on the NVMe drive"
+    if zero.nvme_path is not None and not fields:
+        yield (
+            f"zero.nvme_path: given '{zero.nvme_path}', but nothing is offloaded to nvme; remove it, or set "
+            f"zero.offload_optimizer or zero.offload_param to nvme"
+        )
+
+
+_FIELD_STAGES = {
+    "reduce_bucket_elements": (1, 2, 3),
+    "gather_bucket_elements": (1, 2, 3),
+    "persistence_threshold_elements": (3,),
+    "max_live_elements": (3,),
+}
+"""Stages at which DeepSpeed reads each field at all."""
+
+
+@rule
+def fields_belong_to_the_stage(zero: Zero) -> Iterator[str]:
+    for field, stages in _FIELD_STAGES.items():
+        if zero.stage not in stages and _differs_from_default(zero, field):
+            needed = "3" if stages == (3,) else f"{stages[0]} or more"
+            yield (
+                f"zero.{field}: given {getattr(zero, field)} at zero.stage {zero.stage}, which ignores it; "
+                f"remove it, or set zero.stage to {needed}"
+            )
+    if zero.stage == 0 and zero.overlap_comm is True:
+        yield "zero.overlap_comm: given true at zero.stage 0, which ignores it; remove it, or raise zero.stage"
+
+
+@rule
+def reduction_is_tunable(zero: Zero, training: Training) -> Iterator[str]:
+    # Stage 1 in bf16 with fp32 accumulation runs BF16_Optimizer, whose gradients runtime/engine.py reduces by itself,
+    # in buckets of a fixed size and after backward.
+    fp32_gradients = training.gradient_accumulation_precision in ("auto", "fp32")
+    if not (zero.stage == 1 and training.precision == "bf16" and fp32_gradients and zero.offload_optimizer == "none"):
+        return
+    given = {"overlap_comm: given true": zero.overlap_comm is True}
+    given[f"reduce_bucket_elements: given {zero.reduce_bucket_elements}"] = zero.reduce_bucket_elements is not None
+    for field in (text for text, is_given in given.items() if is_given):
+        yield (
+            f"zero.{field} at zero.stage 1 with bf16 weights and fp32 accumulation, where DeepSpeed ignores it; "
+            f"remove it, or set zero.stage to 2, or training.gradient_accumulation_precision to bf16"
+        )
+
+
+@rule
+def gather_bucket_is_even(zero: Zero) -> Iterator[str]:
+    # runtime/zero/stage_1_and_2.py asserts the alignment of two 16-bit elements.
+    elements = zero.gather_bucket_elements
+    if zero.stage in (1, 2) and elements is not None and elements % 2:
+        yield f"zero.gather_bucket_elements: given {elements}; DeepSpeed wants an even number; use {elements + 1}"
+
+
+# --- numbers for the remedies -----------------------------------------------------------------------------------------
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` nearest to `wanted`, the smaller one of two."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+def _nearest_multiple(number: int, factor: int) -> int:
+    """The positive multiple of `factor` nearest to `number`."""
+    return max(1, round(number / factor)) * factor
