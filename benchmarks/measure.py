@@ -1,0 +1,82 @@
+"""What the benchmarks share: starting ranks, reading a run's metrics, and describing the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsllm.errors import DsllmError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# Allocators, thread pools and kernels settle in the first steps.
+FIRST_STEPS = 5
+
+
+def start_ranks(script: str, arguments: Sequence[str], num_ranks: int, log: Path, accelerator: str) -> None:
+    """`deepspeed --num_gpus <num_ranks> <script> <arguments>`; all it prints goes to `log`.
+
+    Raises DsllmError with the last lines of the log where it fails.
+    """
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
+    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    environment = {**os.environ, "DS_ACCELERATOR": accelerator, "OMP_NUM_THREADS": str(threads)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # ninja lives beside python
+    with log.open("wb") as output:
+        command = [*launcher, "--master_port", str(port), str(ROOT / script), *arguments]
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode
+    if status != 0:
+        last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise DsllmError(f"{script} exited with {status}; the end of its log:\n{last_lines}")
+
+
+def train(spec: str, overrides: Sequence[str], run_dir: Path, num_ranks: int, accelerator: str) -> list[dict[str, Any]]:
+    """Trains from the start as a user would; returns the lines of `metrics.jsonl`."""
+    arguments = ["--spec", spec, "--run-dir", str(run_dir), "--resume", "never"]
+    arguments += [part for override in overrides for part in ("--set", override)]
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    start_ranks("dsllm/train.py", arguments, num_ranks, run_dir.with_suffix(".log"), accelerator)
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def settled_median(step_seconds: Sequence[float]) -> float:
+    """Median time of a step, the first ones left out."""
+    return statistics.median(step_seconds[FIRST_STEPS:])
+
+
+def describe_machine() -> dict[str, Any]:
+    """Processor, cores and the versions that speed depends on."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def write_results(name: str, results: dict[str, Any]) -> Path:
+    """Writes `benchmarks/results/<name>`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / name
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    return path
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
