@@ -10,7 +10,7 @@ from dsllm.spec.sections import Batch
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the sequences of an optimizer step are dealt out: micro x accumulation x ranks = global, with no remainder."""
+    """How the sequences of an optimizer step are dealt out: micro x accumulation x ranks = global, exactly."""
 
     micro_batch_size: int
     gradient_accumulation_steps: int

@@ -252,7 +252,7 @@ class Zero(Section):
     reduce_bucket_elements: PositiveInt | None = None
     """Gradient elements reduced at a time; fitted to the model when absent."""
     gather_bucket_elements: PositiveInt | None = None
-    """Parameter elements gathered at a time after a step (stages 1, 2), or ahead of use (stage 3); fitted when absent."""
+    """Parameter elements gathered at a time: after a step (stages 1, 2), ahead of use (stage 3); fitted when absent."""
     persistence_threshold_elements: NonNegativeInt | None = None
     """Stage 3: parameters up to this size stay whole on every rank; fitted when absent."""
     max_live_elements: PositiveInt | None = None

@@ -1,0 +1,75 @@
+"""The `dsllm` command: its families of commands, and how their faults reach the user.
+
+Nothing heavy is imported here or at the top of the command modules: what a command needs is imported inside it, so
+that help answers at once and planning works where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from dsllm import __version__
+from dsllm.cli import launch, plan, spec
+from dsllm.errors import DsllmError
+
+DEBUG_VARIABLE = "DSLLM_DEBUG"
+
+app = typer.Typer(
+    name="dsllm",
+    epilog="Example: dsllm validate quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dsllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help=f"Show tracebacks; {DEBUG_VARIABLE}=1 does the same.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Pre-train language models on DeepSpeed, from one validated spec."""
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"  # in the environment, so that ranks started from here know it too
+
+
+for family in (spec, plan, launch):
+    app.add_typer(family.app)
+
+with contextlib.suppress(ModuleNotFoundError):
+    app.add_typer(import_module("dsllm.cli.data").app, name="data")
+with contextlib.suppress(ModuleNotFoundError):
+    models = import_module("dsllm.cli.models")
+    app.command()(models.export)
+    app.command()(models.generate)
+
+
+def main() -> None:
+    """Entry point of the console script: a fault is its message on stderr and its exit status, without a traceback."""
+    try:
+        app()
+    except DsllmError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(f"dsllm: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Commands that start runs: launch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Optional
+
+import typer
+
+from dsllm.cli.options import Overrides, SpecArgument
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command(epilog="Example: dsllm launch 1b --hostfile hostfiles/two-node --set zero.stage=3")
+def launch(
+    spec: SpecArgument,
+    num_gpus: Annotated[
+        Optional[int],  # noqa: UP045 - evaluated at run time, also by Python 3.10
+        typer.Option("--num-gpus", min=1, help="Ranks on each host; every GPU when absent, 2 where there is none."),
+    ] = None,
+    num_nodes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--num-nodes", min=1, help="Use only the first hosts of the hostfile."),
+    ] = None,
+    hostfile: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--hostfile", metavar="FILE", help="Hosts and their slots; this machine alone when absent."),
+    ] = None,
+    run_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--run-dir", metavar="DIR", help="Folder of the run; runs/<name> when absent."),
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="Whether and where to carry on from.")
+    ] = "auto",
+    master_port: Annotated[int, typer.Option("--master-port", min=1, max=65535, help="Port of rank 0.")] = 29500,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Check a run, print the deepspeed command that starts it, and start it."""
+    from dsllm.launch.command import launch_command, launch_environment, train_arguments
+    from dsllm.plan.batch import micro_batch_choices, resolve_batch
+    from dsllm.spec.load import load_spec
+
+    loaded = load_spec(spec, overrides or ())
+    topology = _topology(hostfile, num_nodes, num_gpus)
+    if loaded.batch.micro_batch_size == "auto":
+        micro_batch_choices(loaded.batch, topology.world_size)
+    else:
+        resolve_batch(loaded.batch, topology.world_size)
+    command = launch_command(topology, master_port, train_arguments(spec, run_dir, resume, overrides or ()))
+    environment = launch_environment(topology)
+    typer.echo(_as_typed(command, environment))
+    if not dry_run:
+        raise typer.Exit(_run(command, environment))
+
+
+def _topology(hostfile: str | None, num_nodes: int | None, num_gpus: int | None):  # type: ignore[no-untyped-def]
+    from dsllm.errors import UserError
+    from dsllm.launch.command import hostfile_topology, local_topology, visible_gpus
+    from dsllm.launch.hostfile import read_hostfile
+
+    if hostfile is not None:
+        return hostfile_topology(hostfile, read_hostfile(hostfile), num_nodes, num_gpus, on_cpu=visible_gpus() == 0)
+    if num_nodes not in (None, 1):
+        raise UserError(f"--num-nodes: given {num_nodes} without a hostfile; add --hostfile, which names the hosts")
+    return local_topology(num_gpus, visible_gpus())
+
+
+def _as_typed(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The command as it would be typed into a shell."""
+    return shlex.join([*(f"{name}={value}" for name, value in environment.items()), *command])
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs the launcher, hands on the signals that end a run, and returns its exit status as a shell would."""
+    from dsllm.errors import UserError
+
+    try:
+        process = subprocess.Popen(command, env={**os.environ, **environment})
+    except FileNotFoundError:
+        raise UserError("deepspeed: not installed; pip install 'dsllm[train]'") from None
+    # Ctrl-C reaches the whole group by itself: here it must only not end us before the ranks have saved.
+    handlers = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number)),
+    }
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status

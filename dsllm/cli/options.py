@@ -1,0 +1,28 @@
+"""Arguments and options that several commands share, so that they read and behave alike."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+SpecArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC",
+        help="A spec file (YAML or JSON), or the name of a preset; `dsllm presets` lists them.",
+        show_default=False,
+    ),
+]
+
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - evaluated at run time, also by Python 3.10
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Override a field of the spec; may be repeated. Example: --set zero.stage=3",
+        show_default=False,
+    ),
+]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]

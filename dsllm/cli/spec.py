@@ -1,0 +1,114 @@
+"""Commands that read a spec and say what is in it: validate, schema, presets, config."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dsllm.cli.options import AsJson, Overrides, SpecArgument
+
+if TYPE_CHECKING:
+    from dsllm.spec.sections import Spec
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command(epilog="Example: dsllm validate 1b --set zero.stage=3 --set zero.offload_param=cpu")
+def validate(spec: SpecArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a spec and report every problem at once, each with its remedy."""
+    from dsllm.errors import SpecError
+    from dsllm.spec.load import load_spec
+
+    try:
+        facts = _facts(load_spec(spec, overrides or ()))
+    except SpecError as error:
+        if not as_json:
+            raise
+        typer.echo(json.dumps({"valid": False, "problems": error.problems}, indent=2))
+        raise typer.Exit(error.exit_code) from error
+    typer.echo(json.dumps({"valid": True, "problems": [], **facts}, indent=2) if as_json else _sentence(spec, facts))
+
+
+@app.command(epilog="Example: dsllm schema > spec.schema.json")
+def schema() -> None:
+    """Print the JSON Schema of a spec, with which editors complete and check one."""
+    from dsllm.spec.schema import spec_schema
+
+    typer.echo(json.dumps(spec_schema(), indent=2, ensure_ascii=False))
+
+
+@app.command(epilog="Example: dsllm presets --json")
+def presets(as_json: AsJson = False) -> None:
+    """List the specs that come with dsllm."""
+    from dsllm.spec.load import load_spec, preset_names
+
+    rows = [{"preset": name, **_facts(load_spec(name))} for name in preset_names()]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    from dsllm.cli.tables import print_table
+    from dsllm.units import format_count
+
+    print_table(
+        ["preset", "family", "parameters", "tokens", "steps", "ZeRO", "precision"],
+        [
+            (
+                row["preset"],
+                row["family"],
+                format_count(row["parameters"]),
+                format_count(row["tokens"]),
+                f"{row['train_steps']:,}",
+                str(row["zero_stage"]),
+                row["precision"],
+            )
+            for row in rows
+        ],
+    )
+
+
+@app.command(epilog="Example: dsllm config 1b --world-size 16 > ds_config.json")
+def config(
+    spec: SpecArgument,
+    world_size: Annotated[int, typer.Option("--world-size", min=1, help="Ranks in all.", show_default=False)],
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="What the ranks run on.")] = "cuda",
+    gpu: Annotated[
+        str, typer.Option(help="GPU that an automatic micro-batch size is chosen for; see estimate-memory.")
+    ] = "a100-80gb",
+    overrides: Overrides = None,
+) -> None:
+    """Print the DeepSpeed JSON of a spec, fully resolved."""
+    from dsllm.ds_config import build_ds_config
+    from dsllm.plan.hardware import gpu_named
+    from dsllm.plan.search import choose_micro_batch
+    from dsllm.spec.load import load_spec
+
+    loaded = load_spec(spec, overrides or ())
+    micro_batch_size = choose_micro_batch(loaded, world_size, gpu_named(gpu).memory_bytes)
+    typer.echo(json.dumps(build_ds_config(loaded, world_size, device, micro_batch_size), indent=2))
+
+
+def _facts(spec: Spec) -> dict[str, Any]:
+    """What a spec comes to, for people and for scripts."""
+    from dsllm.plan.model_shape import model_shape
+
+    return {
+        "name": spec.name,
+        "family": spec.model.family,
+        "parameters": model_shape(spec).parameters,
+        "train_steps": spec.train_steps,
+        "tokens_per_step": spec.tokens_per_step,
+        "tokens": spec.train_steps * spec.tokens_per_step,
+        "zero_stage": spec.zero.stage,
+        "precision": spec.training.precision,
+    }
+
+
+def _sentence(source: str, facts: dict[str, Any]) -> str:
+    from dsllm.units import format_count
+
+    return (
+        f"{source}: valid. {facts['name']}: {format_count(facts['parameters'])} parameters, "
+        f"{facts['train_steps']:,} steps of {facts['tokens_per_step']:,} tokens, {format_count(facts['tokens'])} in all"
+    )

@@ -1,0 +1,123 @@
+"""The `deepspeed` command that starts a run, and the machine that it starts on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsllm.errors import UserError
+from dsllm.launch.hostfile import Host
+
+TRAIN_SCRIPT = Path(__file__).parent.parent / "train.py"
+DEFAULT_CPU_RANKS = 2
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where ranks run: on this machine, or on the hosts of a hostfile."""
+
+    ranks_per_host: int
+    num_hosts: int = 1
+    hostfile: str | None = None
+    limits_slots: bool = True
+    """Whether the number of ranks was asked for, rather than left to the hostfile's slots."""
+    on_cpu: bool = False
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks_per_host * self.num_hosts
+
+
+def visible_gpus() -> int:
+    """NVIDIA GPUs of this machine that a run may use, counted without torch; 0 where there is no driver."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return len([device for device in listed.split(",") if device.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi"):
+        result = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+        return sum(line.startswith("GPU ") for line in result.stdout.splitlines()) if result.returncode == 0 else 0
+    return sum(path.name[len("nvidia") :].isdigit() for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def local_topology(num_gpus: int | None, gpus: int) -> Topology:
+    """This machine, with `gpus` GPUs: all of them unless fewer are asked for; without any, ranks on the CPU.
+
+    Raises UserError where more are asked for than there are; DeepSpeed would start them and fail on the first.
+    """
+    if gpus == 0:
+        cores = os.cpu_count() or 1
+        return Topology(ranks_per_host=num_gpus or min(DEFAULT_CPU_RANKS, cores), on_cpu=True)
+    if num_gpus is not None and num_gpus > gpus:
+        raise UserError(f"--num-gpus: given {num_gpus}; this machine has {gpus}; ask for {gpus} or fewer")
+    return Topology(ranks_per_host=num_gpus or gpus)
+
+
+def hostfile_topology(
+    hostfile: str, hosts: Sequence[Host], num_nodes: int | None, num_gpus: int | None, on_cpu: bool
+) -> Topology:
+    """The hosts of a hostfile, the first `num_nodes` of them, each with `num_gpus` ranks or as many as it has slots.
+
+    Raises UserError where hosts or slots are fewer than asked for, or differ: DeepSpeed checks neither.
+    """
+    if num_nodes is not None and num_nodes > len(hosts):
+        raise UserError(
+            f"--num-nodes: given {num_nodes}; {hostfile} lists {len(hosts)} hosts; ask for as many or fewer"
+        )
+    used = list(hosts[:num_nodes])
+    fewest = min(used, key=lambda host: host.slots)
+    if num_gpus is None and any(host.slots != fewest.slots for host in used):
+        slots = ", ".join(f"{host.name} {host.slots}" for host in used)
+        raise UserError(
+            f"{hostfile}: hosts with different slots ({slots}) need one number of ranks; add --num-gpus {fewest.slots}"
+        )
+    if num_gpus is not None and num_gpus > fewest.slots:
+        raise UserError(
+            f"--num-gpus: given {num_gpus}; host '{fewest.name}' of {hostfile} has {fewest.slots} slots; "
+            f"ask for {fewest.slots} or fewer"
+        )
+    return Topology(
+        ranks_per_host=num_gpus or fewest.slots,
+        num_hosts=len(used),
+        hostfile=hostfile,
+        limits_slots=num_gpus is not None,
+        on_cpu=on_cpu,
+    )
+
+
+def launch_command(topology: Topology, master_port: int, train_arguments: Sequence[str]) -> list[str]:
+    """The arguments of the `deepspeed` launcher that belongs to this Python."""
+    command = [deepspeed_executable()]
+    if topology.hostfile is not None:
+        command += ["--hostfile", topology.hostfile, "--num_nodes", str(topology.num_hosts)]
+    if topology.limits_slots:
+        command += ["--num_gpus", str(topology.ranks_per_host)]
+    return [*command, "--master_port", str(master_port), str(TRAIN_SCRIPT), *train_arguments]
+
+
+def train_arguments(spec: str, run_dir: str | None, resume: str, overrides: Sequence[str]) -> list[str]:
+    """What `dsllm/train.py` is started with; defaults are left out."""
+    arguments = ["--spec", spec]
+    if run_dir is not None:
+        arguments += ["--run-dir", run_dir]
+    if resume != "auto":
+        arguments += ["--resume", resume]
+    for override in overrides:
+        arguments += ["--set", override]
+    return arguments
+
+
+def launch_environment(topology: Topology) -> dict[str, str]:
+    """What the launcher's environment needs besides this one's; DeepSpeed guesses the accelerator wrong on a CPU that
+    merely has CUDA builds installed."""
+    return {"DS_ACCELERATOR": "cpu"} if topology.on_cpu else {}
+
+
+def deepspeed_executable() -> str:
+    """The `deepspeed` beside this Python, so that launcher and ranks run the same installation; else that on PATH."""
+    beside = Path(sys.executable).parent / "deepspeed"
+    return str(beside) if beside.is_file() else "deepspeed"

@@ -1,0 +1,27 @@
+"""How many elements ZeRO communicates, gathers and steps at a time: fitted to the model unless the spec says."""
+
+from __future__ import annotations
+
+from dsllm.plan.model_shape import ModelShape
+from dsllm.spec.sections import Zero
+
+BUCKET_ELEMENTS = 50_000_000
+"""100 MB of bf16: fills a network link, and is small beside the states of any model that is worth sharding.
+DeepSpeed's own 5e8 is 1 GB, four times the weights of a 124M model."""
+
+SUB_GROUP_ELEMENTS = 100_000_000
+"""Tile of the stage 3 optimizer step."""
+
+PERSISTENT_VECTORS = 10
+"""Parameters of up to so many times the width (norms, biases) stay whole at stage 3: gathering them costs more in
+latency than it saves in memory."""
+
+
+def reduce_bucket_elements(zero: Zero, shape: ModelShape) -> int:
+    """Gradient elements that are reduced at a time."""
+    return zero.reduce_bucket_elements or min(BUCKET_ELEMENTS, shape.allocated_parameters)
+
+
+def live_elements(zero: Zero, shape: ModelShape) -> int:
+    """Stage 3: parameters gathered at any time at most. Two blocks live while a third is fetched, and the embedding."""
+    return zero.max_live_elements or shape.embedding_parameters + 3 * shape.parameters_per_layer
