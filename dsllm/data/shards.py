@@ -1,0 +1,205 @@
+"""Token shards: the prepared data on disk.
+
+A folder holds, for each split, files of raw token ids (`train-00000.bin`, little-endian uint16 or uint32) that make one
+long stream when read in order; beside each an index of the documents that start in it (`.idx`, little-endian int64
+offsets into the shard); and `manifest.json`, which is written last, so that a folder with a manifest is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dsllm.errors import DataError
+
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_DIRECTORY = "tokenizer"
+INDEX_DTYPE = np.dtype("<i8")
+
+Split = Literal["train", "validation"]
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+_PREPARE_AGAIN = "delete the folder and prepare the data again (dsllm data prepare)"
+
+
+class Record(BaseModel):
+    """A part of the manifest: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Shard(Record):
+    """One `.bin` file and its index; `documents` counts those that start in it."""
+
+    file: str
+    index: str
+    tokens: int
+    documents: int
+    sha256: str
+    index_sha256: str
+
+
+class SplitRecord(Record):
+    """The shards of a split, in order."""
+
+    tokens: int
+    documents: int
+    shards: tuple[Shard, ...]
+
+
+class SourceCounts(Record):
+    """What a source gave: its description, documents, and bytes of UTF-8."""
+
+    source: str
+    documents: int
+    text_bytes: int
+
+
+class Manifest(Record):
+    """What a folder of shards holds, and from which sections of a spec (`inputs`) it was made."""
+
+    version: Literal[1] = 1
+    inputs: dict[str, Any]
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    end_of_text_id: int
+    tokenizer_sha256: str
+    sources: tuple[SourceCounts, ...]
+    splits: dict[Split, SplitRecord]
+    tokens: int
+    documents: int
+    text_bytes: int
+
+    def token_dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
+        """The type of ids on disk, little-endian on any machine."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+
+def read_manifest(directory: Path | str) -> Manifest:
+    """The manifest of a prepared folder; DataError where there is none, or one that this version cannot read."""
+    path = Path(directory) / MANIFEST_FILE
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{directory}: no prepared data in it; run dsllm data prepare") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "content"
+        raise DataError(f"{path}: unreadable ({where}: {problem['msg']}); {_PREPARE_AGAIN}") from error
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` so that it is either whole or absent."""
+    temporary = directory / f"{MANIFEST_FILE}.tmp"
+    write_durably(temporary, manifest.model_dump_json(indent=1).encode("utf-8"))
+    os.replace(temporary, directory / MANIFEST_FILE)
+
+
+def manifest_hash(directory: Path | str) -> str:
+    """SHA-256 of the manifest. It holds the checksums of everything else, so it names the data to the last bit."""
+    read_manifest(directory)
+    return file_sha256(Path(directory) / MANIFEST_FILE)
+
+
+def verify(directory: Path | str) -> None:
+    """Read every file again; DataError names those that differ from what was prepared."""
+    folder = Path(directory)
+    manifest = read_manifest(folder)
+    corrupt = [name for name, sha256 in _checksums(manifest) if not _is_intact(folder / name, sha256)]
+    if corrupt:
+        raise DataError(f"{folder}: {', '.join(corrupt)} changed or went missing since preparation; {_PREPARE_AGAIN}")
+
+
+def _checksums(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Each file of the folder and its SHA-256."""
+    yield f"{TOKENIZER_DIRECTORY}/tokenizer.json", manifest.tokenizer_sha256
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            yield shard.file, shard.sha256
+            yield shard.index, shard.index_sha256
+
+
+def _is_intact(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class TokenShards:
+    """The tokens of one split as one stream, memory-mapped: opening costs nothing per token."""
+
+    def __init__(self, directory: Path, manifest: Manifest, split: Split) -> None:
+        """Map the shards of a split; DataError names a file whose size is not what the manifest says."""
+        self.directory = directory
+        self.manifest = manifest
+        self.split = split
+        self._shards = manifest.splits[split].shards
+        self._ends = list(accumulate(shard.tokens for shard in self._shards))
+        self._arrays = [_map(directory / shard.file, manifest.token_dtype(), shard.tokens) for shard in self._shards]
+
+    @classmethod
+    def open(cls, directory: Path | str, split: Split) -> TokenShards:
+        """The split of a prepared folder; DataError where nothing is prepared or a file has another size."""
+        return cls(Path(directory), read_manifest(directory), split)
+
+    def __len__(self) -> int:
+        """Tokens in the split."""
+        return self.manifest.splits[self.split].tokens
+
+    def read(self, start: int, count: int) -> Tokens:
+        """A copy of tokens `[start, start + count)` of the stream, from as many shards as they lie in."""
+        assert 0 <= start <= start + count <= len(self), "tokens outside of the split"
+        pieces = []
+        shard = bisect_right(self._ends, start)
+        while count > 0:
+            offset = start - (self._ends[shard] - self._shards[shard].tokens)
+            piece = self._arrays[shard][offset : offset + count]
+            pieces.append(piece)
+            start, count, shard = start + len(piece), count - len(piece), shard + 1
+        return np.concatenate(pieces)
+
+    def document_starts(self) -> npt.NDArray[np.int64]:
+        """Position in the stream of the first token of every document, ascending."""
+        return np.concatenate(
+            [
+                _map(self.directory / shard.index, INDEX_DTYPE, shard.documents) + (end - shard.tokens)
+                for shard, end in zip(self._shards, self._ends, strict=True)
+            ]
+        )
+
+
+def _map(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
+    """The file as a read-only array of `count` entries; a file of another size is a DataError."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing; {_PREPARE_AGAIN}") from error
+    if size != count * dtype.itemsize:
+        raise DataError(f"{path}: {size} bytes, but {count * dtype.itemsize} were prepared; {_PREPARE_AGAIN}")
+    if count == 0:  # a shard inside one long document: no document starts in it, and nothing cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
