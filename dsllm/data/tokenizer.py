@@ -1,17 +1,24 @@
-"""The run's tokenizer: trained or fetched once, then a Hugging Face folder that every later step reads."""
+"""The run's tokenizer: trained or fetched once, then a Hugging Face folder that every later step reads.
+
+transformers takes seconds to import, so the functions that need it do: data that is already prepared is reused at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from dsllm.data.sources import documents
 from dsllm.data.vocabulary import END_OF_TEXT, fast_tokenizer, train_bpe, train_sentencepiece
 from dsllm.errors import DataError, UserError
 from dsllm.spec.derived import vocab_size
 from dsllm.spec.sections import BpeTokenizer, PretrainedTokenizer, SentencePieceTokenizer, Source, Spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
 TOKENIZER_FILE = "tokenizer.json"
@@ -44,6 +51,8 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
     """The tokenizer that `build_tokenizer` saved; never runs code that a folder brings."""
     if not (Path(directory) / TOKENIZER_FILE).is_file():
         raise DataError(f"{directory}: no {TOKENIZER_FILE} in it; prepare the data first (dsllm data prepare)")
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
@@ -75,9 +84,11 @@ def training_texts(sources: Sequence[Source], training_bytes: int) -> Iterator[s
                 break
 
 
-def _wrap(tokenizer: object) -> PreTrainedTokenizerFast:
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """The Hugging Face face of a trained tokenizer. End-of-text begins a text too, as GPT-2 has it: in the training
     data it stands before every document but the first."""
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -87,9 +98,11 @@ def _wrap(tokenizer: object) -> PreTrainedTokenizerFast:
 
 
 def _fetch(config: PretrainedTokenizer) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     name = f"tokenizer.name: given {config.name!r}"
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
