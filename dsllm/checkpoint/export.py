@@ -1,0 +1,123 @@
+"""A checkpoint of any stage becomes a plain Hugging Face folder, and is not called exported before it was read back."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dsllm.checkpoint.layout import step_of
+from dsllm.checkpoint.resume import choose_checkpoint
+from dsllm.errors import CheckpointError, UserError
+from dsllm.model.build import DTYPES, build_model, model_config
+from dsllm.spec.load import load_spec
+from dsllm.spec.sections import Precision, Spec
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_PREFIX = "causal_lm."
+"""What engine names have before transformers' own: the attribute of TrainingModel."""
+PROBE_TOKENS = 64
+"""Length of the sequence whose logits are compared."""
+
+
+def export_run(run: Path, output: Path, precision: Precision | None = None) -> int:
+    """Write the latest checkpoint of the run folder `run` (or a `global_step<N>` folder in it) to `output`.
+
+    `precision` of the weights is that of the training when None. Returns the steps that the model was trained for.
+    Raises UserError for a run without checkpoints or an `output` that holds something, CheckpointError where what was
+    written does not give the same logits when it is read back; then nothing stays in `output`.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output}: not empty; choose another folder for the exported model, or empty it")
+    checkpoint, spec = find_run(run)
+    model = load_trained(checkpoint, spec, DTYPES[precision or spec.training.precision])
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.parent.parent / "tokenizer")
+    _set_special_tokens(model, tokenizer)
+    try:
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        _compare_logits(model, output)
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+    return step_of(checkpoint)
+
+
+def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of an exported folder, a run, or one of its `global_step<N>` folders, on the CPU in fp32."""
+    if (source / "config.json").is_file():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        return model.eval(), AutoTokenizer.from_pretrained(source)
+    checkpoint, spec = find_run(source)
+    model = load_trained(checkpoint, spec, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.parent.parent / "tokenizer")
+    _set_special_tokens(model, tokenizer)
+    return model, tokenizer
+
+
+def find_run(run: Path) -> tuple[Path, Spec]:
+    """The checkpoint folder and the spec of a run. Raises UserError where there is none."""
+    checkpoint = choose_checkpoint(str(run), run)
+    assert checkpoint is not None, "a path always gives a checkpoint or raises"
+    return checkpoint, load_spec(str(checkpoint.parent.parent / "spec.yaml"))
+
+
+def load_trained(checkpoint: Path, spec: Spec, dtype: torch.dtype) -> PreTrainedModel:
+    """The trained model on the CPU, from a checkpoint of any stage and number of ranks."""
+    weights = {name.removeprefix(WEIGHTS_PREFIX): tensor for name, tensor in _weights(checkpoint, spec).items()}
+    model = build_model(model_config(spec), dtype)
+    _, unexpected = model.load_state_dict(weights, strict=False)
+    missing = {name for name, _ in model.named_parameters()} - weights.keys()
+    empty = [name for name, tensor in weights.items() if tensor.numel() == 0]
+    if missing or unexpected or empty:
+        raise CheckpointError(
+            f"{checkpoint}: its weights are not those of its spec: missing {sorted(missing)}, "
+            f"unexpected {sorted(unexpected)}, empty {empty}"
+        )
+    return model.eval()
+
+
+def _weights(checkpoint: Path, spec: Spec) -> dict[str, torch.Tensor]:
+    """Whole fp32 weights by name; at stage 0 those of the training precision, which DeepSpeed saves whole."""
+    if spec.zero.stage == 0:
+        state: dict[str, Any] = torch.load(
+            checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
+        )
+        module: dict[str, torch.Tensor] = state["module"]
+        return module
+    # DeepSpeed's converter prints its progress.
+    with contextlib.redirect_stdout(io.StringIO()):
+        weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name
+        )
+    return weights
+
+
+def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let `generate()` stop where documents ended in training, and start as they started."""
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.eos_token_id
+        config.bos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.eos_token_id
+        config.use_cache = True
+
+
+@torch.no_grad()
+def _compare_logits(model: PreTrainedModel, folder: Path) -> None:
+    """Read `folder` as a stranger would, and compare with the model it was written from."""
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
+    length = min(PROBE_TOKENS, model.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    difference = (model(ids).logits - again(ids).logits).abs().max().item()
+    if difference > 0.0:
+        raise CheckpointError(f"{folder}: logits differ by {difference:.3g} after reading it back; nothing was kept")
+    logger.info("%s: read back, %d logits are the same", folder, ids.numel() * model.config.vocab_size)

@@ -1,0 +1,154 @@
+"""The one place that spells DeepSpeed's keys: a spec becomes the JSON that DeepSpeed reads.
+
+Nothing is left to DeepSpeed's defaults and nothing says "auto": a key that dsllm relies on is written out even where
+today's default is the same. Names of keys and their meaning: deepspeed.ai/docs/config-json, checked against 0.19.8.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from dsllm.plan.batch import BatchPlan, resolve_batch
+from dsllm.plan.buckets import (
+    BUCKET_ELEMENTS,
+    PERSISTENT_VECTORS,
+    SUB_GROUP_ELEMENTS,
+    live_elements,
+    reduce_bucket_elements,
+)
+from dsllm.plan.model_shape import ModelShape, model_shape
+from dsllm.plan.precision import accumulation_precision
+from dsllm.spec.sections import Spec, Zero
+
+Device = Literal["cuda", "cpu"]
+
+
+def build_ds_config(
+    spec: Spec, world_size: int, device: Device = "cuda", micro_batch_size: int | None = None
+) -> dict[str, Any]:
+    """The DeepSpeed JSON of `spec` on `world_size` ranks.
+
+    `micro_batch_size` (sequences) is needed where the spec says `auto`. Raises UserError where the global batch does
+    not divide.
+    """
+    batch = resolve_batch(spec.batch, world_size, micro_batch_size)
+    return {
+        **_batch_keys(batch),
+        **_precision_keys(spec),
+        "gradient_clipping": spec.optimizer.gradient_clipping,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "optimizer": _optimizer(spec, device),
+        "zero_optimization": _zero_optimization(spec.zero, model_shape(spec)),
+        "zero_allow_untested_optimizer": False,
+        "zero_force_ds_cpu_optimizer": True,
+        "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
+    }
+
+
+def uses_deepspeed_adam(spec: Spec) -> bool:
+    """Whether AdamW is DeepSpeed's own kernel, which is compiled at the first start, rather than torch's.
+
+    Offloaded states are stepped by DeepSpeed's CPUAdam. Stage 0 in half precision gets DeepSpeed's flat optimizer
+    only around its FusedAdam; any other Adam gets one that steps tensor by tensor, three times slower.
+    """
+    half_precision_stage_0 = spec.zero.stage == 0 and spec.training.precision != "fp32"
+    return half_precision_stage_0 or spec.zero.offload_optimizer != "none"
+
+
+def _batch_keys(batch: BatchPlan) -> dict[str, int]:
+    return {
+        "train_batch_size": batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+    }
+
+
+def _precision_keys(spec: Spec) -> dict[str, Any]:
+    training = spec.training
+    return {
+        "bf16": {"enabled": training.precision == "bf16", "check_grad_overflow": True},
+        "fp16": {
+            "enabled": training.precision == "fp16",
+            "loss_scale": training.loss_scale,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        },
+        "data_types": {"grad_accum_dtype": accumulation_precision(spec)},
+        "communication_data_type": training.precision,
+    }
+
+
+def _optimizer(spec: Spec, device: Device) -> dict[str, Any]:
+    optimizer = spec.optimizer
+    params: dict[str, Any] = {
+        "lr": optimizer.learning_rate,
+        "betas": list(optimizer.betas),
+        "eps": optimizer.epsilon,
+        "weight_decay": optimizer.weight_decay,
+        "torch_adam": not uses_deepspeed_adam(spec),
+    }
+    if params["torch_adam"]:
+        params["fused"] = True
+    return {"type": "AdamW", "params": params}
+
+
+def _zero_optimization(zero: Zero, shape: ModelShape) -> dict[str, Any]:
+    if zero.stage == 0:
+        return {"stage": 0}
+    bucket = reduce_bucket_elements(zero, shape)
+    keys: dict[str, Any] = {
+        "stage": zero.stage,
+        "overlap_comm": zero.stage == 3 if zero.overlap_comm == "auto" else zero.overlap_comm,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": bucket,
+        "round_robin_gradients": False,
+        "ignore_unused_parameters": True,
+    }
+    if zero.stage < 3:
+        keys["allgather_partitions"] = True
+        keys["allgather_bucket_size"] = zero.gather_bucket_elements or bucket
+    else:
+        keys |= _stage_3_keys(zero, shape)
+    return keys | _offload_keys(zero, shape)
+
+
+def _stage_3_keys(zero: Zero, shape: ModelShape) -> dict[str, Any]:
+    live = live_elements(zero, shape)
+    persistent = zero.persistence_threshold_elements
+    if persistent is None:
+        persistent = PERSISTENT_VECTORS * shape.hidden_size
+    return {
+        "sub_group_size": SUB_GROUP_ELEMENTS,
+        "stage3_prefetch_bucket_size": zero.gather_bucket_elements or min(BUCKET_ELEMENTS, shape.parameters_per_layer),
+        "stage3_param_persistence_threshold": persistent,
+        "stage3_max_live_parameters": live,
+        "stage3_max_reuse_distance": live,
+        "stage3_gather_16bit_weights_on_model_save": False,
+    }
+
+
+def _offload_keys(zero: Zero, shape: ModelShape) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    if zero.offload_optimizer != "none":
+        keys["offload_optimizer"] = {"device": zero.offload_optimizer, "pin_memory": True}
+        if zero.offload_optimizer == "nvme":
+            # parameter, gradient and two moments of a tile (DeepSpeedZeroOffloadOptimizerConfig.buffer_count)
+            keys["offload_optimizer"] |= {"nvme_path": zero.nvme_path, "buffer_count": 4}
+    if zero.offload_param != "none":
+        keys["offload_param"] = {"device": zero.offload_param, "pin_memory": True}
+        if zero.offload_param == "nvme":
+            # A buffer holds the largest parameter; five are in flight.
+            keys["offload_param"] |= {
+                "nvme_path": zero.nvme_path,
+                "buffer_count": 5,
+                "buffer_size": max(shape.embedding_parameters, shape.parameters_per_layer),
+            }
+    return keys

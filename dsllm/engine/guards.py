@@ -1,0 +1,73 @@
+"""What stops a run: a request from outside, or numbers that make going on pointless."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+
+import torch
+
+from dsllm.errors import TrainingError
+from dsllm.plan.model_shape import ModelShape
+from dsllm.spec.sections import Spec
+
+logger = logging.getLogger(__name__)
+
+FIRST_LOSS_TOLERANCE = 3.0
+"""Nats that the first loss may lie from its expectation. A missing initialisation is off by tens."""
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask for the end of the run after the current step.
+
+    DeepSpeed's launcher answers a Ctrl-C that every rank has already received with a SIGTERM of its own, so only a
+    second SIGINT ends the run at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.agreed = False
+        """Whether any rank has been asked, which all ranks learn together at the end of a step."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def as_tensor(self, device: torch.device) -> torch.Tensor:
+        """1 on a rank that has been asked, else 0; to be reduced over the ranks."""
+        return torch.tensor(float(self.signal is not None), device=device)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            logger.warning("%s: finishing this step, then saving; Ctrl-C again ends at once", self.signal.name)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def check_loss(step: int, loss: float, untrained_loss: float) -> None:
+    """Raises TrainingError where the loss is not a number, or the first one is absurd for a model that knows nothing.
+
+    `untrained_loss` is what the first must be about.
+    """
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"step {step}: the loss is {loss}; the run stops, its earlier checkpoints are untouched; resume with a "
+            "lower optimizer.learning_rate, a longer schedule.warmup_steps, or training.precision bf16 instead of fp16"
+        )
+    if step != 1:
+        return
+    logger.info("first loss %.3f; a model that has learned nothing has %.3f", loss, untrained_loss)
+    if abs(loss - untrained_loss) > FIRST_LOSS_TOLERANCE:
+        raise TrainingError(
+            f"step 1: the loss is {loss:.2f}, where an untrained model has {untrained_loss:.2f} (about ln of the "
+            "vocabulary); the weights are not what model.initializer_range says, or the labels are not the inputs' own"
+        )
+
+
+def untrained_loss(shape: ModelShape, spec: Spec) -> float:
+    """Loss in nats of a model that has learned nothing: ln(vocabulary), and half the variance of its logits.
+
+    Logits of a normalised state of width h with weights of deviation s have variance h x s^2; the mean of
+    log(sum(exp)) of normal logits exceeds ln(vocabulary) by half of it.
+    """
+    return math.log(shape.padded_vocab_size) + 0.5 * shape.hidden_size * spec.model.initializer_range**2

@@ -1,0 +1,172 @@
+"""Where the numbers of a step go: `metrics.jsonl`, TensorBoard, Weights & Biases. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsllm.engine import ranks
+from dsllm.engine.progress import ProgressReport
+from dsllm.engine.run_folder import RunFolder
+from dsllm.plan.batch import BatchPlan
+from dsllm.plan.hardware import gpu_of_device
+from dsllm.plan.model_shape import flops_per_token, model_shape
+from dsllm.spec.sections import Spec, Wandb
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+Sink = Callable[[Record], None]
+
+KIB = 1024  # Linux counts ru_maxrss in KiB
+
+
+class Recorder:
+    """Completes the record of a step and hands it to every sink; `sinks` is empty on ranks other than 0."""
+
+    def __init__(
+        self, sinks: Sequence[Sink], *, tokens_per_step: int, flops_per_token: int, peak_flops: float | None
+    ) -> None:
+        """`peak_flops` is what all ranks together can do in a second, None where it is not known."""
+        self._sinks = sinks
+        self._tokens_per_step = tokens_per_step
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+
+    def __call__(self, record: Record) -> None:
+        """Add what follows from the step and its seconds: tokens, their rate, utilisation, memory."""
+        if not self._sinks:
+            return
+        rate = self._tokens_per_step / record["step_seconds"]
+        full = {
+            **record,
+            "tokens": record["step"] * self._tokens_per_step,
+            "tokens_per_second": rate,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        if self._peak_flops:
+            full["mfu"] = rate * self._flops_per_token / self._peak_flops
+        for sink in self._sinks:
+            sink(full)
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory so far: what torch's allocator held on a GPU, the resident set of the process on the CPU."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+
+
+@contextmanager
+def open_recorder(
+    spec: Spec, folder: RunFolder, batch: BatchPlan, world: ranks.World, first_step: int, train_steps: int
+) -> Iterator[Recorder]:
+    """A recorder to the screen and everything that the spec asks for, of a run that goes on after `first_step`."""
+    shape = model_shape(spec)
+    with ExitStack() as stack:
+        sinks = []
+        if world.rank == 0:
+            sinks = [jsonl_sink(folder.metrics, first_step)]
+            if spec.logging.tensorboard:
+                sinks.append(tensorboard_sink(folder.logs / "tensorboard", first_step))
+            if spec.logging.wandb is not None and spec.logging.wandb.mode != "disabled":
+                sinks.append(wandb_sink(folder.logs, spec.name, spec.logging.wandb))
+            sinks.append(stack.enter_context(closing(ProgressReport(first_step, train_steps))))
+        yield Recorder(
+            sinks,
+            tokens_per_step=batch.tokens_per_step,
+            flops_per_token=flops_per_token(shape, batch.sequence_length),
+            peak_flops=peak_flops(spec, world),
+        )
+
+
+def peak_flops(spec: Spec, world: ranks.World) -> float | None:
+    """FLOP a second that all ranks have together in 16 bits, dense; None for a device that is not in the catalogue."""
+    if ranks.device_type() != "cuda" or spec.training.precision == "fp32":
+        return None
+    gpu = gpu_of_device(torch.cuda.get_device_name())
+    return gpu.peak_flops * world.size if gpu else None
+
+
+def jsonl_sink(path: Path, resumed_step: int) -> Sink:
+    """One JSON object a line. Steps that a resume will run again are taken out first, so that each step stands once."""
+    kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+    def write(record: Record) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    return write
+
+
+def tensorboard_sink(folder: Path, resumed_step: int) -> Sink:
+    """A scalar for each number of a record."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    # purge_step hides what an interrupted run wrote beyond the checkpoint.
+    writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def write(record: Record) -> None:
+        for name, value in record.items():
+            if name != "step":
+                writer.add_scalar(name, value, record["step"])
+        writer.flush()
+
+    return write
+
+
+def wandb_sink(logs: Path, run_name: str, settings: Wandb) -> Sink:
+    """Online with a key, offline without. Its faults are warnings: a dashboard never ends a run."""
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            name=run_name,
+            id=run_name,
+            resume="allow",
+            dir=str(logs),
+            mode=_wandb_mode(settings),
+        )
+    except Exception as error:
+        logger.warning("Weights & Biases is off: %s", error)
+        return lambda record: None
+
+    def write(record: Record) -> None:
+        try:
+            run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+        except Exception as error:
+            logger.warning("Weights & Biases lost step %d: %s", record["step"], error)
+
+    return write
+
+
+def _wandb_mode(settings: Wandb) -> Any:
+    if settings.mode != "auto":
+        return settings.mode
+    has_key = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in _text(Path.home() / ".netrc")
+    return "online" if has_key else "offline"
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a file; the last one of a killed run may be cut."""
+    return [line for line in _text(path).splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

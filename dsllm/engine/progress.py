@@ -1,0 +1,67 @@
+"""What a person sees of a run: a bar on a terminal, a line now and then elsewhere. Rank 0 only."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dsllm.units import format_count, format_duration
+
+logger = logging.getLogger(__name__)
+
+LINE_INTERVAL_SECONDS = 10.0
+
+
+class ProgressReport:
+    """A sink for records that keeps the screen up to date."""
+
+    def __init__(self, first_step: int, train_steps: int) -> None:
+        self._train_steps = train_steps
+        self._first_step = first_step
+        self._started = time.monotonic()
+        self._last_line = float("-inf")
+        console = Console(stderr=True)
+        self._bar = _bar(console) if sys.stderr.isatty() else None
+        if self._bar is not None:
+            self._task = self._bar.add_task("", total=train_steps, completed=first_step)
+            self._bar.start()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Show the step of `record`: the bar always, a line every ten seconds and at each evaluation."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=record["step"], description=_numbers(record))
+        due = time.monotonic() - self._last_line >= LINE_INTERVAL_SECONDS
+        if "val_loss" in record or (self._bar is None and due):
+            self._last_line = time.monotonic()
+            left = format_duration(self._seconds_left(record["step"]))
+            logger.info("step %d/%d  %s  %s left", record["step"], self._train_steps, _numbers(record), left)
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _seconds_left(self, step: int) -> float:
+        each = (time.monotonic() - self._started) / (step - self._first_step)
+        return each * (self._train_steps - step)
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), console=console
+    )
+
+
+def _numbers(record: dict[str, Any]) -> str:
+    parts = [f"loss {record['loss']:.3f}"]
+    if "val_loss" in record:
+        parts.append(f"val {record['val_loss']:.3f}")
+    parts.append(f"{format_count(record['tokens_per_second'])} tokens/s")
+    if "mfu" in record:
+        parts.append(f"MFU {record['mfu']:.1%}")
+    return "  ".join(parts)

@@ -1,0 +1,96 @@
+"""What the ranks of a run say to each other, and what they share on one host."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as distributed
+from deepspeed.accelerator import get_accelerator
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among all that train."""
+
+    rank: int
+    size: int
+    local_size: int
+    """Ranks on this host."""
+
+
+def join() -> World:
+    """Meet the other ranks, and share the cores with those on this host. A process started alone is a world of one."""
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29500")
+    deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    size = distributed.get_world_size()
+    local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size)
+    if device_type() == "cpu":
+        torch.set_num_threads(max(1, _num_cores() // local_size))
+    return World(distributed.get_rank(), size, local_size)
+
+
+def device_type() -> Literal["cuda", "cpu"]:
+    """What this rank computes on."""
+    return "cpu" if get_accelerator().device_name() == "cpu" else "cuda"
+
+
+def device() -> torch.device:
+    """The accelerator of this rank, or the CPU."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def memory_bytes(world: World) -> int:
+    """Memory that every rank has: that of the smallest accelerator, or an equal share of the smallest host."""
+    if device_type() == "cuda":
+        total = get_accelerator().total_memory()
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size
+    smallest = torch.tensor(total, dtype=torch.int64, device=device())
+    distributed.all_reduce(smallest, distributed.ReduceOp.MIN)
+    return int(smallest)
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise mean, on every rank. `values` is a small tensor on this rank's device."""
+    return sum_over_ranks(values) / distributed.get_world_size()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum, on every rank."""
+    distributed.all_reduce(values)
+    return values
+
+
+def gather_texts(text: str | None) -> list[str | None]:
+    """One short text from every rank, in the order of ranks, on every rank."""
+    texts: list[str | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(texts, text)
+    return texts
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, on every rank. Its error is raised on all of them; nobody waits for ever."""
+    outcome: list[object] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            outcome = [work()]
+        except Exception as error:
+            outcome = [error]
+    distributed.broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]  # type: ignore[return-value]
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

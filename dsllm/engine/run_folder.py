@@ -1,0 +1,81 @@
+"""The folder of a run: what is in it, and what is written before the first step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from dsllm import __version__
+from dsllm.data.shards import manifest_hash, read_manifest
+from dsllm.spec.load import dump_spec
+from dsllm.spec.sections import Spec
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "sentencepiece", "numpy")
+
+
+class RunFolder:
+    """Paths of one run. Scripts rely on these names."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.spec = path / "spec.yaml"
+        self.ds_config = path / "ds_config.json"
+        self.passport = path / "passport.json"
+        self.metrics = path / "metrics.jsonl"
+        self.tokenizer = path / "tokenizer"
+        self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
+
+
+def describe_run(folder: RunFolder, spec: Spec, ds_config: dict[str, Any], world_size: int, data: Path) -> None:
+    """Write the spec, DeepSpeed's JSON and the passport of a run on the prepared `data`. Rank 0 only."""
+    _write(folder.spec, dump_spec(spec))
+    _write(folder.ds_config, json.dumps(ds_config, indent=2) + "\n")
+    _write(folder.passport, json.dumps(_passport(spec, world_size, data), indent=2) + "\n")
+
+
+def _passport(spec: Spec, world_size: int, data: Path) -> dict[str, Any]:
+    """What a run was made with: enough to compare two runs, nothing of the environment, which may hold keys."""
+    return {
+        "dsllm": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "world_size": world_size,
+        "seed": spec.seed,
+        "data_hash": manifest_hash(data),
+        "tokenizer_hash": read_manifest(data).tokenizer_sha256,
+    }
+
+
+def log_to(folder: Path, rank: int) -> None:
+    """Everything to `rank<r>.log`; what dsllm itself says on rank 0 to stderr too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = logging.FileHandler(folder / f"rank{rank}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setFormatter(logging.Formatter("%(message)s"))
+    screen.addFilter(lambda entry: rank == 0 and entry.name.startswith("dsllm") and getattr(entry, "on_screen", True))
+    logging.basicConfig(level=logging.INFO, handlers=[file, screen], force=True)
+    deepspeed_logger = logging.getLogger("DeepSpeed")
+    deepspeed_logger.handlers.clear()
+    deepspeed_logger.propagate = True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,86 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from dsllm.engine import guards, ranks
+
+Record = dict[str, Any]
+MicroBatches = Iterator[dict[str, torch.Tensor]]
+
+
+def train(
+    engine: DeepSpeedEngine,
+    micro_batches: MicroBatches,
+    *,
+    first_step: int,
+    train_steps: int,
+    evaluation_interval: int,
+    checkpoint_interval: int,
+    learning_rate: Callable[[int], float],
+    evaluate: Callable[[], float],
+    save: Callable[[int], None],
+    record: Callable[[Record], None],
+    check: Callable[[int, float], None],
+    stop: guards.StopRequest,
+) -> int:
+    """Run the steps from `first_step` to `train_steps`, or until `stop`; the state is saved when this returns.
+
+    A step is counted from 0 while it runs and from 1 once it is done. Returns the steps done in all.
+    """
+    done = first_step
+    for step in range(first_step, train_steps):
+        rate = learning_rate(step)
+        set_learning_rate(engine, rate)
+        metrics = train_step(engine, micro_batches, stop)
+        done = step + 1
+        check(done, metrics["loss"])
+        if done == 1 or done == train_steps or done % evaluation_interval == 0:
+            metrics["val_loss"] = evaluate()
+        record({"step": done, "lr": rate, **metrics})
+        if done == train_steps or done % checkpoint_interval == 0 or stop.agreed:
+            save(done)
+        if stop.agreed:
+            break
+    return done
+
+
+def train_step(engine: DeepSpeedEngine, micro_batches: MicroBatches, stop: guards.StopRequest) -> Record:
+    """One optimizer update: forward and backward for each micro-batch; DeepSpeed accumulates, reduces, clips, steps.
+
+    Returns the mean loss over all ranks, the gradients' norm before clipping, and the seconds taken.
+    """
+    started = time.perf_counter()
+    device = ranks.device()
+    total_loss = torch.zeros((), device=device)
+    micro_steps = engine.gradient_accumulation_steps()
+    for _ in range(micro_steps):
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(micro_batches).items()}
+        loss = engine(**batch)
+        engine.backward(loss)
+        total_loss += loss.detach()
+        norm = unscaled_gradient_norm(engine)
+        engine.step()
+    loss, stopping = ranks.mean_over_ranks(torch.stack([total_loss / micro_steps, stop.as_tensor(device)])).tolist()
+    stop.agreed = stopping > 0
+    grad_norm = float(engine.get_global_grad_norm() if norm is None else norm)
+    return {"loss": loss, "grad_norm": grad_norm, "step_seconds": time.perf_counter() - started}
+
+
+def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
+    """The learning rate of the next optimizer update, in every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def unscaled_gradient_norm(engine: DeepSpeedEngine) -> torch.Tensor | None:
+    """Norm of the reduced gradients where DeepSpeed keeps none: fp32 at stage 0, before its step clips them."""
+    if not (engine.is_gradient_accumulation_boundary() and isinstance(engine.optimizer, torch.optim.Optimizer)):
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

@@ -1,0 +1,143 @@
+"""Cross-entropy without a whole batch of logits.
+
+A batch of 64 x 1024 tokens with 50,304 entries each is 13 GB of fp32 logits, several times the states of a 124M
+model. Here the output projection and the loss are one operation over pieces of the sequence: logits of one piece
+exist at a time, in forward only, and their gradients are taken there and then. Backward only scales them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as functional
+from torch import nn
+from transformers import PreTrainedModel
+
+IGNORED_LABEL = -100
+LOGITS_BYTES = 64 * 2**20
+"""fp32 logits that one piece may hold: large enough to keep matrix kernels busy, small beside activations."""
+
+Implementation = Literal["chunked", "fused", "plain"]
+
+
+class TrainingModel(nn.Module):
+    """What DeepSpeed trains: a causal language model whose forward is its loss."""
+
+    def __init__(self, causal_lm: PreTrainedModel, implementation: Implementation) -> None:
+        super().__init__()
+        causal_lm.set_output_embeddings(LossHead(causal_lm.get_output_embeddings(), implementation))
+        self.causal_lm = causal_lm
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy in nats a token, fp32.
+
+        `input_ids` and `labels` are (sequences, sequence_length); `labels` are already shifted, -100 is left out.
+        """
+        hidden = self.causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.causal_lm.get_output_embeddings()(hidden, labels)
+
+
+class LossHead(nn.Module):
+    """In the place of a model's output projection, with the same parameter under the same name.
+
+    A module of its own because ZeRO-3 gathers a parameter for the module that owns it.
+    """
+
+    def __init__(self, projection: nn.Linear, implementation: Implementation) -> None:
+        super().__init__()
+        if projection.bias is not None:
+            raise ValueError("an output projection with a bias has no chunked loss here")
+        self.weight = projection.weight
+        self.implementation = implementation
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """`hidden` is (sequences, sequence_length, hidden_size), `labels` (sequences, sequence_length)."""
+        hidden, labels = hidden.flatten(0, 1), labels.flatten()
+        if self.implementation == "plain":
+            return functional.cross_entropy(functional.linear(hidden, self.weight).float(), labels)
+        if self.implementation == "fused":
+            return _fused_cross_entropy(hidden, self.weight, labels)
+        return chunked_cross_entropy(hidden, self.weight, labels)
+
+
+def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of `hidden @ weight.T` against `labels`, equal to the plain one.
+
+    `hidden` is (tokens, hidden_size), `weight` (vocabulary, hidden_size), `labels` (tokens,) with -100 left out.
+    """
+    wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, wants_gradients)
+    return loss
+
+
+def fused_loss_is_available() -> bool:
+    """Whether liger-kernel is installed and there is a CUDA device for its Triton kernels."""
+    from importlib.util import find_spec
+
+    return torch.cuda.is_available() and find_spec("liger_kernel") is not None
+
+
+def _fused_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED_LABEL, accum_dtype=torch.float32)(
+        weight, hidden, labels
+    )
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, wants_gradients: bool
+    ) -> torch.Tensor:
+        counted = labels != IGNORED_LABEL
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden) if wants_gradients else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wants_gradients else None
+        for piece in _pieces(len(hidden), weight.shape[0]):
+            logits = functional.linear(hidden[piece], weight).float()
+            log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
+            total += _negative_log_likelihood(log_probabilities, labels[piece], counted[piece])
+            if wants_gradients:
+                # Gradients of the *sum*, of order 1: divided by the number of tokens they would underflow in fp16.
+                gradient = _logits_gradient(log_probabilities, labels[piece], counted[piece]).to(weight.dtype)
+                torch.mm(gradient, weight, out=hidden_gradient[piece])
+                weight_gradient += gradient.t() @ hidden[piece]
+        num_counted = counted.sum().clamp(min=1)
+        if wants_gradients:
+            # Held until backward has passed: in bf16 half the bytes do. fp16 has not the range for a sum over tokens.
+            held_dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+            ctx.save_for_backward(hidden_gradient, weight_gradient.to(held_dtype), num_counted)
+            ctx.weight_dtype = weight.dtype
+        return total / num_counted
+
+    @staticmethod
+    def backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_gradient, weight_gradient, num_counted = ctx.saved_tensors
+        scale = loss_gradient / num_counted
+        hidden_gradient = (hidden_gradient * scale).to(hidden_gradient.dtype)
+        return hidden_gradient, (weight_gradient * scale).to(ctx.weight_dtype), None, None
+
+
+def _pieces(num_tokens: int, vocab_size: int) -> list[slice]:
+    """Even pieces of the tokens whose fp32 logits stay under LOGITS_BYTES."""
+    num_pieces = max(1, -(-num_tokens * vocab_size * 4 // LOGITS_BYTES))
+    size = -(-num_tokens // num_pieces)
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+
+
+def _negative_log_likelihood(
+    log_probabilities: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor
+) -> torch.Tensor:
+    """Sum over the counted labels, fp32."""
+    chosen = log_probabilities.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return -(chosen * counted).sum()
+
+
+def _logits_gradient(log_probabilities: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """softmax - one_hot(labels), in the memory of `log_probabilities`; zero where the label is left out."""
+    gradient = log_probabilities.exp_()
+    rows = torch.arange(len(labels), device=labels.device)
+    gradient[rows, labels.clamp(min=0)] -= 1.0
+    return gradient.mul_(counted.unsqueeze(1))

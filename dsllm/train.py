@@ -1,0 +1,127 @@
+"""The program that DeepSpeed's launcher starts on every rank: read it and you know how dsllm trains.
+
+deepspeed --num_gpus 2 dsllm/train.py --spec quickstart
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The launcher runs this file by its path, which puts its folder first on sys.path: there our `data` and `model` would
+# hide any library of those names. The folder above lets a plain checkout run without being installed.
+_PACKAGE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _PACKAGE]
+sys.path.append(str(_PACKAGE.parent))
+
+import argparse  # noqa: E402
+import functools  # noqa: E402
+import logging  # noqa: E402
+import os  # noqa: E402
+
+from dsllm.errors import DsllmError  # noqa: E402
+from dsllm.spec.load import load_spec  # noqa: E402
+from dsllm.spec.sections import Spec  # noqa: E402
+
+logger = logging.getLogger("dsllm.train")
+logger.addHandler(logging.NullHandler())  # until the run has a folder for its logs
+
+
+def main() -> int:
+    """Train as the command line says. Returns the exit status: 0 done, 2 the user's mistake, 1 a fault."""
+    arguments = _parse_arguments()
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        spec = load_spec(arguments.spec, arguments.set)
+        run_training(spec, Path(arguments.run_dir or f"runs/{spec.name}"), arguments.resume)
+    except DsllmError as error:
+        logger.error("%s", error, extra={"on_screen": False})
+        if rank == 0:
+            print(error, file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        logger.exception("this rank failed", extra={"on_screen": False})
+        print(f"rank {rank}: {type(error).__name__}: {error} (more in logs/rank{rank}.log)", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
+    """One run, from its spec to its last checkpoint, on every rank: all that the loop needs is made here."""
+    from dsllm.checkpoint.resume import check_same_run, choose_checkpoint, load_checkpoint
+    from dsllm.checkpoint.save import save_checkpoint
+    from dsllm.ds_config import build_ds_config
+    from dsllm.engine import evaluation, guards, inputs, metrics, ranks, schedule
+    from dsllm.engine.run_folder import RunFolder, describe_run, log_to
+    from dsllm.engine.start import start_engine
+    from dsllm.engine.trainer import train
+    from dsllm.plan.batch import resolve_batch
+    from dsllm.plan.model_shape import model_shape
+    from dsllm.plan.search import choose_micro_batch
+    from dsllm.spec.derived import train_steps
+
+    world = ranks.join()
+    folder = RunFolder(run_dir)
+    log_to(folder.logs, world.rank)
+    stop = guards.StopRequest()
+
+    checkpoint = choose_checkpoint(resume, folder.checkpoints)
+    if checkpoint is not None:
+        check_same_run(spec, checkpoint)
+    micro_batch_size = choose_micro_batch(spec, world.size, ranks.memory_bytes(world))
+    batch = resolve_batch(spec.batch, world.size, micro_batch_size)
+    steps = train_steps(spec.training, batch.tokens_per_step)
+    ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size)
+    data = inputs.ready_data(spec, folder)
+    if world.rank == 0:
+        describe_run(folder, spec, ds_config, world.size, data)
+
+    engine = start_engine(spec, ds_config)
+    first_step = load_checkpoint(engine, checkpoint) if checkpoint is not None else 0
+    validation = inputs.open_validation(data, spec, batch, world)
+    with metrics.open_recorder(spec, folder, batch, world, first_step, steps) as record:
+        done = train(
+            engine,
+            inputs.open_training(data, spec, batch, world, first_step),
+            first_step=first_step,
+            train_steps=steps,
+            evaluation_interval=spec.evaluation.interval,
+            checkpoint_interval=spec.checkpoint.interval,
+            learning_rate=functools.partial(
+                schedule.learning_rate,
+                schedule=spec.schedule,
+                peak=spec.optimizer.learning_rate,
+                train_steps=steps,
+            ),
+            evaluate=lambda: evaluation.validation_loss(engine, validation()),
+            save=lambda step: save_checkpoint(engine, folder.checkpoints, step, spec.checkpoint.keep_last),
+            record=record,
+            check=functools.partial(guards.check_loss, untrained_loss=guards.untrained_loss(model_shape(spec), spec)),
+            stop=stop,
+        )
+    if done < steps and stop.signal is not None:
+        logger.info(
+            "stopped by %s after step %d of %d; saved: the same command goes on from there",
+            stop.signal.name,
+            done,
+            steps,
+        )
+    else:
+        logger.info("trained to step %d of %d; the run is in %s", done, steps, folder.path)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train on this rank; DeepSpeed's launcher starts one for each GPU.",
+        epilog="example: deepspeed --num_gpus 2 dsllm/train.py --spec quickstart --set training.train_steps=50",
+    )
+    parser.add_argument("--spec", required=True, help="spec file, or the name of a preset")
+    parser.add_argument("--run-dir", help="folder of the run; runs/<name> when absent")
+    parser.add_argument("--resume", default="auto", help="auto (from the latest checkpoint), never, or a path")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a field")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
