@@ -215,7 +215,7 @@ def test_a_spec_made_in_python_keeps_the_rules_too(tmp_path: Path) -> None:
     spec = parse_spec(parse_yaml(MINIMAL, "spec"))
     fields = {name: getattr(spec, name) for name in Spec.model_fields}
     fields["batch"] = spec.batch.model_copy(update={"sequence_length": 129})
-    with pytest.raises(SpecError, match="the model reads at most model.max_position_embeddings = 128"):
+    with pytest.raises(SpecError, match=r"the model reads at most model\.max_position_embeddings = 128"):
         Spec(**fields)
 
 

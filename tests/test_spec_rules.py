@@ -112,8 +112,8 @@ def path(tmp_path: Path) -> str:
         ),
         (
             ["zero.stage=0", "zero.offload_optimizer=cpu"],
-            "zero.offload_optimizer: given cpu at zero.stage 0; it needs zero.stage 1 or more; raise zero.stage, or set "
-            "zero.offload_optimizer to none",
+            "zero.offload_optimizer: given cpu at zero.stage 0; it needs zero.stage 1 or more; raise zero.stage, "
+            "or set zero.offload_optimizer to none",
         ),
         (
             ["zero.stage=2", "zero.offload_optimizer=nvme", "zero.nvme_path=/nvme"],
@@ -133,7 +133,7 @@ def path(tmp_path: Path) -> str:
         ),
         (
             ["zero.stage=0", "zero.reduce_bucket_elements=1000"],
-            "zero.reduce_bucket_elements: given 1000 at zero.stage 0, which ignores it; remove it, or set zero.stage to 1",
+            "zero.reduce_bucket_elements: given 1000 at zero.stage 0, which ignores it; remove it, or set zero.stage",
         ),
         (
             ["zero.max_live_elements=1000"],

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from dsllm import __version__
-from dsllm.cli import launch, plan, spec
+from dsllm.cli import data, launch, plan, spec
 from dsllm.errors import DsllmError
 
 DEBUG_VARIABLE = "DSLLM_DEBUG"
@@ -51,9 +51,7 @@ def common(
 
 for family in (spec, plan, launch):
     app.add_typer(family.app)
-
-with contextlib.suppress(ModuleNotFoundError):
-    app.add_typer(import_module("dsllm.cli.data").app, name="data")
+app.add_typer(data.app, name="data", epilog="Example: dsllm data prepare quickstart")
 with contextlib.suppress(ModuleNotFoundError):
     models = import_module("dsllm.cli.models")
     app.command()(models.export)

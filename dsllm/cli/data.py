@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 SAMPLE_TOKENS = 200
 
-app = typer.Typer(help="Prepare text as tokens, and look at what is prepared.", no_args_is_help=True)
+app = typer.Typer(
+    help="Prepare text as tokens, and look at what is prepared.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.command(epilog="Example: dsllm data prepare quickstart --processes 2")

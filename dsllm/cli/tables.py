@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """Prints a table, its first column to the left, the others to the right; lines are whole where this is no screen."""
+    """Prints a table, its first column to the left, the others to the right; lines are whole off screen."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

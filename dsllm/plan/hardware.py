@@ -24,13 +24,13 @@ class Gpu:
 
 GPUS = (
     Gpu("t4-16gb", int(14.56 * GIB), 65e12, ("T4",), has_bf16=False),
-    Gpu("v100-32gb", int(31.73 * GIB), 125e12, ("V100", "32GB"), has_bf16=False),
-    Gpu("a10g-24gb", int(21.98 * GIB), 70e12, ("A10G",)),
     Gpu("l4-24gb", int(21.95 * GIB), 121e12, ("L4",)),
+    Gpu("a10g-24gb", int(21.98 * GIB), 70e12, ("A10G",)),
     Gpu("rtx-4090-24gb", int(23.52 * GIB), 165.2e12, ("RTX 4090",)),
+    Gpu("v100-32gb", int(31.73 * GIB), 125e12, ("V100", "32GB"), has_bf16=False),
     Gpu("a100-40gb", int(39.38 * GIB), 312e12, ("A100", "40GB")),
+    Gpu("h100-80gb", int(79.10 * GIB), 989.4e12, ("H100", "HBM3")),
     Gpu("a100-80gb", int(79.14 * GIB), 312e12, ("A100", "80GB")),
-    Gpu("h100-80gb", int(79.10 * GIB), 989.4e12, ("H100",)),
     Gpu("h200-141gb", int(139.70 * GIB), 989.4e12, ("H200",)),
     Gpu("b200-180gb", int(178.30 * GIB), 2250e12, ("B200",)),
 )

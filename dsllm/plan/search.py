@@ -33,7 +33,7 @@ def at_stage(spec: Spec, stage: int) -> Spec:
         else zero.offload_optimizer,
         offload_param="none" if below else zero.offload_param,
         nvme_path=None if below else zero.nvme_path,
-        reduce_bucket_elements=zero.reduce_bucket_elements if stage else None,
+        reduce_bucket_elements=None if stage < 2 else zero.reduce_bucket_elements,
     )
     given = spec.training.gradient_accumulation_precision
     training = spec.training.model_copy(update={"gradient_accumulation_precision": given if stage else "auto"})
