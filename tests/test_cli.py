@@ -218,6 +218,7 @@ def test_a_dry_run_prints_the_command_and_stops(capsys: pytest.CaptureFixture[st
     [
         (["--hostfile", "nothing"], "nothing: there is no such hostfile"),
         (["--num-gpus", "3"], "batch.global_batch_size: given 16; micro_batch_size 8 on 3 ranks takes 24 sequences"),
+        (["--resume", "nothing"], "--resume: given 'nothing'; there is no such path; must be auto, never or a"),
         (["--num-nodes", "2"], "--num-nodes: given 2 without a hostfile; add --hostfile"),
         (["--set", "zero.stage=7"], "quickstart: zero.stage: given 7"),
     ],

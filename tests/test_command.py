@@ -10,17 +10,22 @@ import pytest
 from dsllm.errors import UserError
 from dsllm.launch.command import (
     TRAIN_SCRIPT,
+    count_gpus,
     deepspeed_executable,
     hostfile_topology,
     launch_command,
     launch_environment,
     local_topology,
     train_arguments,
-    visible_gpus,
 )
 from dsllm.launch.hostfile import Host
 
 EIGHTS = [Host("a", 8), Host("b", 8)]
+
+
+@pytest.fixture(autouse=True)
+def _every_gpu_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_a_local_command_names_its_ranks_its_port_and_the_installed_script() -> None:
@@ -58,9 +63,19 @@ def test_the_slots_of_a_hostfile_make_the_world() -> None:
 
 
 def test_fewer_nodes_and_fewer_ranks_can_be_asked_for() -> None:
-    topology = hostfile_topology("hosts", EIGHTS, 1, 4, on_cpu=False)
-    assert topology.world_size == 4
-    assert launch_command(topology, 29500, [])[1:7] == ["--hostfile", "hosts", "--num_nodes", "1", "--num_gpus", "4"]
+    topology = hostfile_topology("hosts", [*EIGHTS, Host("c", 8)], 2, 4, on_cpu=False)
+    assert topology.world_size == 8
+    assert launch_command(topology, 29500, [])[1:7] == ["--hostfile", "hosts", "--num_nodes", "2", "--num_gpus", "4"]
+
+
+def test_a_single_host_that_is_another_machine_is_not_run_here() -> None:
+    topology = hostfile_topology("hosts", EIGHTS, 1, None, on_cpu=False)
+    assert launch_command(topology, 29500, [])[1:6] == ["--hostfile", "hosts", "--num_nodes", "1", "--force_multi"]
+
+
+def test_a_single_host_that_is_this_machine_needs_no_ssh() -> None:
+    topology = hostfile_topology("hosts", [Host("localhost", 8)], None, None, on_cpu=False)
+    assert launch_command(topology, 29500, [])[1:3] == ["--num_gpus", "8"]
 
 
 def test_more_nodes_than_the_hostfile_lists_are_refused() -> None:
@@ -90,4 +105,11 @@ def test_train_arguments_leave_defaults_out_and_keep_the_order_of_overrides() ->
 @pytest.mark.parametrize(("listed", "count"), [("0,1,2", 3), ("", 0), ("-1", 0), ("GPU-3f2a", 1)])
 def test_visible_devices_limit_the_gpus(monkeypatch: pytest.MonkeyPatch, listed: str, count: int) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    assert visible_gpus() == count
+    assert count_gpus() == count
+
+
+def test_a_selection_of_gpus_is_kept_and_narrowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    topology = local_topology(2, gpus=count_gpus())
+    assert launch_environment(topology) == {"CUDA_VISIBLE_DEVICES": "4,5"}
+    assert "--num_gpus" not in launch_command(topology, 29500, [])

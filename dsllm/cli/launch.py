@@ -7,11 +7,15 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Optional
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from dsllm.cli.options import Overrides, SpecArgument
+
+if TYPE_CHECKING:
+    from dsllm.launch.command import Topology
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -48,6 +52,7 @@ def launch(
     from dsllm.spec.load import load_spec
 
     loaded = load_spec(spec, overrides or ())
+    _check_resume(resume)
     topology = _topology(hostfile, num_nodes, num_gpus)
     if loaded.batch.micro_batch_size == "auto":
         micro_batch_choices(loaded.batch, topology.world_size)
@@ -60,16 +65,25 @@ def launch(
         raise typer.Exit(_run(command, environment))
 
 
-def _topology(hostfile: str | None, num_nodes: int | None, num_gpus: int | None):  # type: ignore[no-untyped-def]
+def _topology(hostfile: str | None, num_nodes: int | None, num_gpus: int | None) -> Topology:
     from dsllm.errors import UserError
-    from dsllm.launch.command import hostfile_topology, local_topology, visible_gpus
+    from dsllm.launch.command import count_gpus, hostfile_topology, local_topology
     from dsllm.launch.hostfile import read_hostfile
 
     if hostfile is not None:
-        return hostfile_topology(hostfile, read_hostfile(hostfile), num_nodes, num_gpus, on_cpu=visible_gpus() == 0)
+        return hostfile_topology(hostfile, read_hostfile(hostfile), num_nodes, num_gpus, on_cpu=count_gpus() == 0)
     if num_nodes not in (None, 1):
         raise UserError(f"--num-nodes: given {num_nodes} without a hostfile; add --hostfile, which names the hosts")
-    return local_topology(num_gpus, visible_gpus())
+    return local_topology(num_gpus, count_gpus())
+
+
+def _check_resume(resume: str) -> None:
+    from dsllm.errors import UserError
+
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        raise UserError(
+            f"--resume: given '{resume}'; there is no such path; must be auto, never or a checkpoint's path"
+        )
 
 
 def _as_typed(command: Sequence[str], environment: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,11 @@ class Topology:
     num_hosts: int = 1
     hostfile: str | None = None
     limits_slots: bool = True
-    """Whether the number of ranks was asked for, rather than left to the hostfile's slots."""
+    """Whether the number of ranks has to be told, rather than left to the hostfile's slots."""
+    is_remote: bool = False
+    """Whether the only host is another machine."""
+    devices: tuple[str, ...] = ()
+    """The GPUs that CUDA_VISIBLE_DEVICES selects, where it is set."""
     on_cpu: bool = False
 
     @property
@@ -33,15 +38,23 @@ class Topology:
         return self.ranks_per_host * self.num_hosts
 
 
-def visible_gpus() -> int:
-    """NVIDIA GPUs of this machine that a run may use, counted without torch; 0 where there is no driver."""
+def selected_devices() -> tuple[str, ...] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES lists; None where it is not set, and every GPU may be used."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return len([device for device in listed.split(",") if device.strip() not in ("", "-1")])
+    if listed is None:
+        return None
+    return tuple(device.strip() for device in listed.split(",") if device.strip() not in ("", "-1"))
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs of this machine that a run may use, counted without torch; 0 where there is no driver."""
+    selected = selected_devices()
+    if selected is not None:
+        return len(selected)
     if shutil.which("nvidia-smi"):
         result = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-        return sum(line.startswith("GPU ") for line in result.stdout.splitlines()) if result.returncode == 0 else 0
-    return sum(path.name[len("nvidia") :].isdigit() for path in Path("/dev").glob("nvidia[0-9]*"))
+        return sum(line.startswith("GPU ") for line in result.stdout.splitlines())
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def local_topology(num_gpus: int | None, gpus: int) -> Topology:
@@ -54,7 +67,7 @@ def local_topology(num_gpus: int | None, gpus: int) -> Topology:
         return Topology(ranks_per_host=num_gpus or min(DEFAULT_CPU_RANKS, cores), on_cpu=True)
     if num_gpus is not None and num_gpus > gpus:
         raise UserError(f"--num-gpus: given {num_gpus}; this machine has {gpus}; ask for {gpus} or fewer")
-    return Topology(ranks_per_host=num_gpus or gpus)
+    return Topology(ranks_per_host=num_gpus or gpus, devices=selected_devices() or ())
 
 
 def hostfile_topology(
@@ -69,9 +82,23 @@ def hostfile_topology(
             f"--num-nodes: given {num_nodes}; {hostfile} lists {len(hosts)} hosts; ask for as many or fewer"
         )
     used = list(hosts[:num_nodes])
-    fewest = min(used, key=lambda host: host.slots)
-    if num_gpus is None and any(host.slots != fewest.slots for host in used):
-        slots = ", ".join(f"{host.name} {host.slots}" for host in used)
+    ranks = _ranks_per_host(hostfile, used, num_gpus)
+    if len(used) == 1 and is_this_machine(used[0].name):
+        return Topology(ranks_per_host=ranks, on_cpu=on_cpu)  # needs no ssh to itself
+    return Topology(
+        ranks_per_host=ranks,
+        num_hosts=len(used),
+        hostfile=hostfile,
+        limits_slots=num_gpus is not None,
+        is_remote=len(used) == 1,
+        on_cpu=on_cpu,
+    )
+
+
+def _ranks_per_host(hostfile: str, hosts: Sequence[Host], num_gpus: int | None) -> int:
+    fewest = min(hosts, key=lambda host: host.slots)
+    if num_gpus is None and any(host.slots != fewest.slots for host in hosts):
+        slots = ", ".join(f"{host.name} {host.slots}" for host in hosts)
         raise UserError(
             f"{hostfile}: hosts with different slots ({slots}) need one number of ranks; add --num-gpus {fewest.slots}"
         )
@@ -80,13 +107,12 @@ def hostfile_topology(
             f"--num-gpus: given {num_gpus}; host '{fewest.name}' of {hostfile} has {fewest.slots} slots; "
             f"ask for {fewest.slots} or fewer"
         )
-    return Topology(
-        ranks_per_host=num_gpus or fewest.slots,
-        num_hosts=len(used),
-        hostfile=hostfile,
-        limits_slots=num_gpus is not None,
-        on_cpu=on_cpu,
-    )
+    return num_gpus or fewest.slots
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a name in a hostfile means this machine."""
+    return host in {"localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()}
 
 
 def launch_command(topology: Topology, master_port: int, train_arguments: Sequence[str]) -> list[str]:
@@ -94,7 +120,9 @@ def launch_command(topology: Topology, master_port: int, train_arguments: Sequen
     command = [deepspeed_executable()]
     if topology.hostfile is not None:
         command += ["--hostfile", topology.hostfile, "--num_nodes", str(topology.num_hosts)]
-    if topology.limits_slots:
+    if topology.is_remote:
+        command.append("--force_multi")  # DeepSpeed runs a single host here, whatever its name
+    if topology.limits_slots and not topology.devices:
         command += ["--num_gpus", str(topology.ranks_per_host)]
     return [*command, "--master_port", str(master_port), str(TRAIN_SCRIPT), *train_arguments]
 
@@ -112,9 +140,16 @@ def train_arguments(spec: str, run_dir: str | None, resume: str, overrides: Sequ
 
 
 def launch_environment(topology: Topology) -> dict[str, str]:
-    """What the launcher's environment needs besides this one's; DeepSpeed guesses the accelerator wrong on a CPU that
-    merely has CUDA builds installed."""
-    return {"DS_ACCELERATOR": "cpu"} if topology.on_cpu else {}
+    """What the launcher's environment needs besides this one's.
+
+    A CPU has to be named where CUDA's libraries are installed. A selection of GPUs is narrowed to the ranks, since
+    DeepSpeed drops CUDA_VISIBLE_DEVICES as soon as it is told a number of them.
+    """
+    if topology.on_cpu:
+        return {"DS_ACCELERATOR": "cpu"}
+    if topology.devices:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(topology.devices[: topology.ranks_per_host])}
+    return {}
 
 
 def deepspeed_executable() -> str:
