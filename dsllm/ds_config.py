@@ -19,6 +19,7 @@ from dsllm.plan.buckets import (
 from dsllm.plan.model_shape import ModelShape, model_shape
 from dsllm.plan.precision import accumulation_precision
 from dsllm.spec.sections import Spec, Zero
+from dsllm.units import round_up
 
 Device = Literal["cuda", "cpu"]
 
@@ -114,7 +115,7 @@ def _zero_optimization(zero: Zero, shape: ModelShape) -> dict[str, Any]:
     }
     if zero.stage < 3:
         keys["allgather_partitions"] = True
-        keys["allgather_bucket_size"] = zero.gather_bucket_elements or bucket
+        keys["allgather_bucket_size"] = zero.gather_bucket_elements or round_up(bucket, 2)  # asserted to be even
     else:
         keys |= _stage_3_keys(zero, shape)
     return keys | _offload_keys(zero, shape)

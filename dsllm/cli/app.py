@@ -6,16 +6,14 @@ that help answers at once and planning works where torch is not installed.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from dsllm import __version__
-from dsllm.cli import data, launch, plan, spec
+from dsllm.cli import data, launch, models, plan, spec
 from dsllm.errors import DsllmError
 
 DEBUG_VARIABLE = "DSLLM_DEBUG"
@@ -49,13 +47,16 @@ def common(
         os.environ[DEBUG_VARIABLE] = "1"  # in the environment, so that ranks started from here know it too
 
 
-for family in (spec, plan, launch):
-    app.add_typer(family.app)
+trained = typer.Typer(rich_markup_mode=None)
+trained.command()(models.export)
+trained.command()(models.generate)
+
+# in the order in which a user meets them
+app.add_typer(spec.app)
+app.add_typer(plan.app)
 app.add_typer(data.app, name="data", epilog="Example: dsllm data prepare quickstart")
-with contextlib.suppress(ModuleNotFoundError):
-    models = import_module("dsllm.cli.models")
-    app.command()(models.export)
-    app.command()(models.generate)
+app.add_typer(launch.app)
+app.add_typer(trained)
 
 
 def main() -> None:
