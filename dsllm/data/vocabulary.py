@@ -19,7 +19,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 _WHITE_SPACE_MARK = "\u2581"  # sentencepiece's stand-in for a space
 _NORMAL = sentencepiece_model_pb2.ModelProto.SentencePiece.NORMAL
-_UNREACHABLE_SCORE = -1000.0  # far below the sum over the letters of the longest reserved piece
+_RESERVED_LETTERS = "".join(sorted(set(f"<0x>0123456789ABCDEF<unk>{END_OF_TEXT}")))
+_UNREACHABLE_SCORE = -1000.0  # far below the sum over the letters of the longest reserved piece, END_OF_TEXT
 _SCORES_PER_NAT = 16
 
 
@@ -33,6 +34,7 @@ def train_sentencepiece(config: SentencePieceTokenizer, texts: Sequence[str]) ->
             model_type=config.algorithm,
             vocab_size=config.vocab_size,
             byte_fallback=True,
+            required_chars=_RESERVED_LETTERS if config.algorithm == "unigram" else "",
             split_digits=True,
             # Every character is kept as it is: no Unicode normalisation, no space added, none removed.
             normalization_rule_name="identity",
@@ -97,7 +99,8 @@ def fast_tokenizer(model_file: bytes) -> Tokenizer:
 
 
 def _unigram_model(pieces: Sequence[sentencepiece_model_pb2.ModelProto.SentencePiece]) -> models.Unigram:
-    """`tokenizers` would read reserved pieces such as `<0x41>` out of plain text, so theirs is a hopeless score."""
+    """`tokenizers` would read reserved pieces such as `<0x41>` out of plain text, so theirs is a hopeless score, and
+    the letters that spell them are always in the vocabulary."""
     scored = [(piece.piece, piece.score if piece.type == _NORMAL else _UNREACHABLE_SCORE) for piece in pieces]
     return models.Unigram(scored, unk_id=0, byte_fallback=True)
 
