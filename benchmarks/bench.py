@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from measure import describe_machine, settled_median, start_ranks, train, write_results
+from measure import describe_machine, settled_median, start_ranks, steps_argument, train, write_results
 from rich.console import Console
 from rich.table import Table
 
@@ -38,7 +38,7 @@ Contender = Callable[[Path], float]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=steps_argument, default=40, help="optimizer steps of each run")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each contender gets")
     args = parser.parse_args()
     console = Console()

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import describe_machine, settled_median, train, write_results
+from measure import describe_machine, settled_median, steps_argument, train, write_results
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +37,7 @@ PRESETS = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=steps_argument, default=50, help="optimizer steps of each run")
     parser.add_argument("--preset", choices=PRESETS, action="append", help="only this one; may be repeated")
     parser.add_argument("--set", action="append", default=[], help="section.key=value, added to every run")
     args = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -49,6 +50,17 @@ def train(spec: str, overrides: Sequence[str], run_dir: Path, num_ranks: int, ac
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     start_ranks("dsllm/train.py", arguments, num_ranks, run_dir.with_suffix(".log"), accelerator)
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_argument(text: str) -> int:
+    """The type of `--steps`: enough that some are left when the first ones are dropped."""
+    steps = int(text)
+    # The Trainer's clock needs one step more to start on.
+    if steps < FIRST_STEPS + 2:
+        raise argparse.ArgumentTypeError(
+            f"given {steps}; the first {FIRST_STEPS} do not count: take {FIRST_STEPS + 2} or more"
+        )
+    return steps
 
 
 def settled_median(step_seconds: Sequence[float]) -> float:
