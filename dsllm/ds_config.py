@@ -39,7 +39,7 @@ def build_ds_config(
         "gradient_clipping": spec.optimizer.gradient_clipping,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
-        "optimizer": _optimizer(spec, device),
+        "optimizer": _optimizer(spec),
         "zero_optimization": _zero_optimization(spec.zero, model_shape(spec)),
         "zero_allow_untested_optimizer": False,
         "zero_force_ds_cpu_optimizer": True,
@@ -49,16 +49,6 @@ def build_ds_config(
         "memory_breakdown": False,
         "dump_state": False,
     }
-
-
-def uses_deepspeed_adam(spec: Spec) -> bool:
-    """Whether AdamW is DeepSpeed's own kernel, which is compiled at the first start, rather than torch's.
-
-    Offloaded states are stepped by DeepSpeed's CPUAdam. Stage 0 in half precision gets DeepSpeed's flat optimizer
-    only around its FusedAdam; any other Adam gets one that steps tensor by tensor, three times slower.
-    """
-    half_precision_stage_0 = spec.zero.stage == 0 and spec.training.precision != "fp32"
-    return half_precision_stage_0 or spec.zero.offload_optimizer != "none"
 
 
 def _batch_keys(batch: BatchPlan) -> dict[str, int]:
@@ -86,16 +76,19 @@ def _precision_keys(spec: Spec) -> dict[str, Any]:
     }
 
 
-def _optimizer(spec: Spec, device: Device) -> dict[str, Any]:
+def _optimizer(spec: Spec) -> dict[str, Any]:
     optimizer = spec.optimizer
+    # Offloaded states are stepped on the host by DeepSpeed's CPUAdam; else torch's AdamW does the same as DeepSpeed's
+    # FusedAdam, and needs no compiler at the first start.
+    offloads = spec.zero.offload_optimizer != "none"
     params: dict[str, Any] = {
         "lr": optimizer.learning_rate,
         "betas": list(optimizer.betas),
         "eps": optimizer.epsilon,
         "weight_decay": optimizer.weight_decay,
-        "torch_adam": not uses_deepspeed_adam(spec),
+        "torch_adam": not offloads,
     }
-    if params["torch_adam"]:
+    if not offloads:
         params["fused"] = True
     return {"type": "AdamW", "params": params}
 

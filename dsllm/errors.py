@@ -1,4 +1,4 @@
-"""What dsllm raises at its users. The command line prints the message as it is, on one line, and exits with `exit_code`."""
+"""What dsllm raises at its users: the command line prints the message as it is and exits with `exit_code`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class SpecError(UserError):
         if len(self.problems) == 1:
             message = f"{source}: {self.problems[0]}"
         else:
-            message = "\n".join([f"{source}: {len(self.problems)} problems", *(f"  {problem}" for problem in self.problems)])
+            lines = [f"{source}: {len(self.problems)} problems", *(f"  {problem}" for problem in self.problems)]
+            message = "\n".join(lines)
         super().__init__(message)
 
 

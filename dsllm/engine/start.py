@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed import DeepSpeedEngine
 
+from dsllm.engine.optimizer import own_optimizer, parameter_groups
 from dsllm.model.build import (
     DTYPES,
     build_model,
@@ -33,8 +33,9 @@ def start_engine(spec: Spec, ds_config: dict[str, Any]) -> DeepSpeedEngine:
     if spec.training.compile:
         compile_blocks(causal_lm)
     model = TrainingModel(causal_lm, loss_implementation(spec))
+    groups = parameter_groups(model, spec.optimizer.weight_decay)
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameter_groups(model, spec.optimizer.weight_decay), config=ds_config
+        model=model, model_parameters=groups, optimizer=own_optimizer(spec, groups), config=ds_config
     )
     return engine
 
@@ -44,13 +45,3 @@ def loss_implementation(spec: Spec) -> Any:
     if spec.training.loss != "auto":
         return spec.training.loss
     return "fused" if fused_loss_is_available() else "chunked"
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices are decayed, vectors (biases and norms) are not."""
-    # ZeRO-3 leaves an empty vector in the place of a partitioned parameter and its true shape beside it.
-    shapes = {parameter: getattr(parameter, "ds_shape", parameter.shape) for parameter in model.parameters()}
-    return [
-        {"params": [p for p, shape in shapes.items() if len(shape) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p, shape in shapes.items() if len(shape) < 2], "weight_decay": 0.0},
-    ]

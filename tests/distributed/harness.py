@@ -142,6 +142,7 @@ def _environment(num_ranks: int, run_id: str, extra: Mapping[str, str] | None) -
         **os.environ,
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
+        "OMP_WAIT_POLICY": "PASSIVE",  # idle threads that spin would starve the tests of the other worker
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja lives beside python
         "PYTHONPATH": str(ROOT),
         "PYTHONFAULTHANDLER": "1",

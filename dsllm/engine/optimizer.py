@@ -1,0 +1,43 @@
+"""The optimizer's parameter groups, and the one case in which DeepSpeed needs to be handed the optimizer itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from deepspeed.ops.adam import FusedAdam
+
+from dsllm.spec.sections import Spec
+
+ParameterGroups = list[dict[str, Any]]
+
+
+class FlatAdamW(torch.optim.AdamW, FusedAdam):
+    """torch's fused AdamW, in the clothes of DeepSpeed's FusedAdam.
+
+    In half precision at stage 0 DeepSpeed keeps flat fp32 weights for an optimizer that is a FusedAdam, and steps
+    tensor by tensor, three times slower, for any other. Its own FusedAdam is compiled at the first start, for which
+    many machines lack a compiler; nothing but the class is asked for (runtime/engine.py, _configure_fp16_optimizer).
+    """
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> ParameterGroups:
+    """Two groups: matrices are decayed, vectors (biases and norms) are not."""
+    # ZeRO-3 leaves an empty vector in the place of a partitioned parameter and its true shape beside it.
+    shapes = {parameter: getattr(parameter, "ds_shape", parameter.shape) for parameter in model.parameters()}
+    return [
+        {"params": [p for p, shape in shapes.items() if len(shape) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p, shape in shapes.items() if len(shape) < 2], "weight_decay": 0.0},
+    ]
+
+
+def own_optimizer(spec: Spec, groups: ParameterGroups) -> torch.optim.Optimizer | None:
+    """The optimizer to hand to DeepSpeed; None where DeepSpeed makes the right one from its JSON."""
+    if spec.zero.stage > 0 or spec.training.precision == "fp32":
+        return None
+    settings = spec.optimizer
+    optimizer = torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True
+    )
+    optimizer.__class__ = FlatAdamW  # constructing one would run FusedAdam's own constructor, which compiles
+    return optimizer
