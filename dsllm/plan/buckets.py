@@ -22,6 +22,12 @@ def reduce_bucket_elements(zero: Zero, shape: ModelShape) -> int:
     return zero.reduce_bucket_elements or min(BUCKET_ELEMENTS, shape.allocated_parameters)
 
 
+def sub_group_elements(shape: ModelShape) -> int:
+    """Stage 3: elements that the optimizer steps at a time."""
+    return min(SUB_GROUP_ELEMENTS, shape.allocated_parameters)
+
+
 def live_elements(zero: Zero, shape: ModelShape) -> int:
     """Stage 3: parameters gathered at any time at most. Two blocks live while a third is fetched, and the embedding."""
-    return zero.max_live_elements or shape.embedding_parameters + 3 * shape.parameters_per_layer
+    blocks = min(3, shape.num_layers) * shape.parameters_per_layer
+    return zero.max_live_elements or shape.embedding_parameters + blocks

@@ -1,0 +1,92 @@
+"""Optimizer states and parameters off the accelerator: the same training as a plain PyTorch loop."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsllm.model.build import build_model, model_config
+from dsllm.model.initialize import initialize_weights
+from tests.distributed.harness import run_python_ranks
+from tests.distributed.reference import train_reference
+from tests.distributed.small_runs import global_batches, small_spec, warm_up
+
+# The first start compiles DeepSpeed's operators, a minute each.
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
+
+STEPS = 3
+WIDE = ("model.hidden_size=512",)  # a parameter's share must be 1 MiB or more to be worth a file of its own on NVMe
+
+
+@pytest.fixture(autouse=True)
+def _compiler() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("DeepSpeed's CPUAdam is compiled at the first start, and there is no g++")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_offload_to_the_host_trains_like_the_plain_loop(num_ranks: int) -> None:
+    cases = [
+        case(1, "zero.offload_optimizer=cpu"),
+        case(2, "zero.offload_optimizer=cpu"),
+        case(3, "zero.offload_optimizer=cpu"),
+        case(3, "zero.offload_optimizer=cpu", "zero.offload_param=cpu"),
+        case(3, "zero.offload_param=cpu"),
+    ]
+    for losses, one in zip(losses_of(cases, num_ranks), cases, strict=True):
+        assert losses == pytest.approx(reference_losses(), abs=1e-3), one
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_offload_to_nvme_trains_like_the_plain_loop_and_really_writes_there(num_ranks: int, tmp_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("DeepSpeed's async_io needs libaio and its headers, which are not here")
+    path = f"zero.nvme_path={tmp_path}"
+    cases = [
+        case(3, path, "zero.offload_optimizer=nvme", *WIDE),
+        case(3, path, "zero.offload_optimizer=nvme", "zero.offload_param=nvme", *WIDE),
+        case(3, path, "zero.offload_optimizer=cpu", "zero.offload_param=nvme", *WIDE),
+        case(3, path, "zero.offload_param=nvme", *WIDE),
+    ]
+    for losses, one in zip(losses_of(cases, num_ranks), cases, strict=True):
+        assert losses == pytest.approx(reference_losses(WIDE), abs=1e-3), one
+    assert list(tmp_path.rglob("*_param.tensor.swp")), "no parameter was ever written to the drive"
+
+
+def case(stage: int, *overrides: str) -> dict[str, Any]:
+    return {"family": "gpt2", "stage": stage, "accumulation": 2, "overrides": list(overrides)}
+
+
+def losses_of(cases: list[dict[str, Any]], num_ranks: int) -> list[list[float]]:
+    outcomes = run_python_ranks(
+        Path(__file__).with_name("small_runs.py"),
+        "run_cases",
+        {"cases": cases, "steps": STEPS},
+        num_ranks=num_ranks,
+        timeout_seconds=600,
+    )
+    return [outcome["losses"] for outcome in outcomes[0]]
+
+
+@functools.cache
+def reference_losses(overrides: tuple[str, ...] = ()) -> list[float]:
+    spec = small_spec("gpt2", 0, *overrides)
+    model = build_model(model_config(spec), torch.float32)
+    initialize_weights(model, spec.seed)
+    return train_reference(
+        model,
+        global_batches(STEPS),
+        learning_rate=warm_up,
+        betas=spec.optimizer.betas,
+        epsilon=spec.optimizer.epsilon,
+        weight_decay=spec.optimizer.weight_decay,
+        gradient_clipping=spec.optimizer.gradient_clipping,
+        micro_batch_size=4,
+    ).losses
