@@ -48,7 +48,9 @@ def main() -> int:
 
 def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     """One run, from its spec to its last checkpoint, on every rank: all that the loop needs is made here."""
-    from dsllm.checkpoint.resume import check_same_run, choose_checkpoint, load_checkpoint
+    import torch
+
+    from dsllm.checkpoint.resume import check_same_run, check_world_size, choose_checkpoint, load_checkpoint
     from dsllm.checkpoint.save import save_checkpoint
     from dsllm.ds_config import build_ds_config
     from dsllm.engine import evaluation, guards, inputs, metrics, ranks, schedule
@@ -60,14 +62,15 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     from dsllm.plan.search import choose_micro_batch
     from dsllm.spec.derived import train_steps
 
-    world = ranks.join()
     folder = RunFolder(run_dir)
+    checkpoint = choose_checkpoint(resume, folder.checkpoints)
+    world = ranks.join()
     log_to(folder.logs, world.rank)
     stop = guards.StopRequest()
-
-    checkpoint = choose_checkpoint(resume, folder.checkpoints)
     if checkpoint is not None:
+        logger.info("going on from %s", checkpoint)
         check_same_run(spec, checkpoint)
+        check_world_size(checkpoint, world.size)
     micro_batch_size = choose_micro_batch(spec, world.size, ranks.memory_bytes(world))
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
@@ -77,6 +80,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
         describe_run(folder, spec, ds_config, world.size, data)
 
     engine = start_engine(spec, ds_config)
+    torch.manual_seed(spec.seed + world.rank)  # for dropout: weights and data have generators of their own
     first_step = load_checkpoint(engine, checkpoint) if checkpoint is not None else 0
     validation = inputs.open_validation(data, spec, batch, world)
     with metrics.open_recorder(spec, folder, batch, world, first_step, steps) as record:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dsllm.checkpoint.layout import step_of
 from dsllm.checkpoint.resume import choose_checkpoint
+from dsllm.checkpoint.safe_load import weights_only
 from dsllm.errors import CheckpointError, UserError
 from dsllm.model.build import DTYPES, build_model, model_config
 from dsllm.spec.load import load_spec
@@ -86,19 +87,15 @@ def load_trained(checkpoint: Path, spec: Spec, dtype: torch.dtype) -> PreTrained
 
 
 def _weights(checkpoint: Path, spec: Spec) -> dict[str, torch.Tensor]:
-    """Whole fp32 weights by name; at stage 0 those of the training precision, which DeepSpeed saves whole."""
-    if spec.zero.stage == 0:
-        state: dict[str, Any] = torch.load(
-            checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
-        )
-        module: dict[str, torch.Tensor] = state["module"]
-        return module
-    # DeepSpeed's converter prints its progress.
-    with contextlib.redirect_stdout(io.StringIO()):
-        weights: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name
-        )
-    return weights
+    """Whole weights by name: in the training precision from stages 0 to 2, in fp32 from the parts of stage 3."""
+    with weights_only():
+        if spec.zero.stage < 3:
+            state: dict[str, Any] = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu")
+            return dict(state["module"])
+        # DeepSpeed's converter prints its progress.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            parts = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        return dict(parts)
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,6 +12,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 
 from dsllm.checkpoint.layout import random_state_file, read_latest, step_folders, step_of
+from dsllm.checkpoint.safe_load import weights_only
 from dsllm.errors import CheckpointError, UserError
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Spec
@@ -69,20 +70,23 @@ def spec_differences(earlier: Spec, now: Spec) -> list[tuple[str, str]]:
     ]
 
 
+def check_world_size(folder: Path, world_size: int) -> None:
+    """Raises UserError where a checkpoint was written by another number of ranks: DeepSpeed cannot read it then."""
+    written = len(list(folder.glob("random_states_rank*.pt")))
+    if written != world_size:
+        raise UserError(f"{folder}: written by {written} rank(s), given {world_size}; start the run with {written}")
+
+
 def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> int:
     """Put the state in `folder` back on every rank; collective. Returns the steps it has done.
 
-    Raises UserError where it was written by another number of ranks, CheckpointError where it cannot be read.
+    Raises CheckpointError where it cannot be read.
     """
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    if not random_state_file(folder, world_size - 1).is_file() or random_state_file(folder, world_size).is_file():
-        written = len(list(folder.glob("random_states_rank*.pt")))
-        raise UserError(
-            f"{folder}: written by {written} rank(s), and this run has {world_size}; start it with as many ranks"
-        )
+    rank = distributed.get_rank()
     try:
-        path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        states = torch.load(random_state_file(folder, rank), weights_only=True)
+        with weights_only():
+            path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            states = torch.load(random_state_file(folder, rank))
     except Exception as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}; resume from another with --resume PATH") from error
     if path is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,11 @@ class ForgivingCheckpointEngine(TorchCheckpointEngine):
         if self.fault is not None:
             return
         try:
-            torch.save(state_dict, path)
+            # Through a Python file, which says why a write failed where torch's own writer does not.
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             self.fault = f"{path}: {_reason(error)}"
 
@@ -107,12 +112,10 @@ def _agree(writer: ForgivingCheckpointEngine, folder: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The operating system's own word where there is one; torch hides a full disk behind a C++ message."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    cause = error.__context__
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
+    """The operating system's own word where there is one: torch closes a failed archive with an error of its own."""
+    for cause in (error, error.__context__):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
     return str(error).splitlines()[0]
 
 

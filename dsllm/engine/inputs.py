@@ -11,7 +11,7 @@ import torch
 
 from dsllm.data.loader import TokenSamples, training_micro_batches, validation_micro_batches
 from dsllm.data.prepare import default_directory, prepare
-from dsllm.data.shards import MANIFEST_FILE, TOKENIZER_DIRECTORY
+from dsllm.data.shards import MANIFEST_FILE, TOKENIZER_DIRECTORY, verify
 from dsllm.engine import ranks
 from dsllm.engine.run_folder import RunFolder
 from dsllm.errors import UserError
@@ -19,6 +19,10 @@ from dsllm.plan.batch import BatchPlan
 from dsllm.spec.sections import Spec
 
 logger = logging.getLogger(__name__)
+
+VERIFIED_TOKENS = 500_000_000
+"""Up to so many tokens (1 GB in 16 bits, a second or two) the checksums are checked at each start; above that,
+`dsllm data inspect --verify` does."""
 
 MicroBatches = Iterator[dict[str, torch.Tensor]]
 
@@ -35,7 +39,9 @@ def ready_data(spec: Spec, folder: RunFolder) -> Path:
             if any(source.kind == "huggingface" for source in spec.data.sources):
                 raise UserError(f"{directory}: no prepared tokens there; first run dsllm data prepare with this spec")
             logger.info("preparing tokens in %s", directory)
-        prepare(spec, directory)
+        manifest = prepare(spec, directory)
+        if sum(shard.tokens for split in manifest.splits.values() for shard in split.shards) <= VERIFIED_TOKENS:
+            verify(directory)
         shutil.copytree(directory / TOKENIZER_DIRECTORY, folder.tokenizer, dirs_exist_ok=True)
         return directory
 

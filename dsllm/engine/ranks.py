@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -27,9 +28,9 @@ class World:
 
 def join() -> World:
     """Meet the other ranks, and share the cores with those on this host. A process started alone is a world of one."""
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29500")
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
     if device_type() == "cpu":
         # Serves DeepSpeed's inference only, and is compiled at the first start: no compiler is needed without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -92,6 +93,13 @@ def on_rank_0(work: Callable[[], T]) -> T:
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return outcome[0]  # type: ignore[return-value]
+
+
+def _free_port() -> int:
+    """A TCP port of this host that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _num_cores() -> int:

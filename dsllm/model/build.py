@@ -86,6 +86,7 @@ def _gpt2_config(model: Model, vocab_size: int, intermediate_size: int) -> GPT2C
         n_layer=model.num_layers,
         n_head=model.num_attention_heads,
         n_inner=intermediate_size,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own formula in one kernel: its "gelu_new" keeps 5 tensors
         resid_pdrop=model.dropout,
         embd_pdrop=model.dropout,
         attn_pdrop=model.dropout,

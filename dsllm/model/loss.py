@@ -14,10 +14,9 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers import PreTrainedModel
 
-IGNORED_LABEL = -100
-LOGITS_BYTES = 64 * 2**20
-"""fp32 logits that one piece may hold: large enough to keep matrix kernels busy, small beside activations."""
+from dsllm.plan.activations import CHUNK_LOGITS_BYTES
 
+IGNORED_LABEL = -100
 Implementation = Literal["chunked", "fused", "plain"]
 
 
@@ -121,8 +120,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _pieces(num_tokens: int, vocab_size: int) -> list[slice]:
-    """Even pieces of the tokens whose fp32 logits stay under LOGITS_BYTES."""
-    num_pieces = max(1, -(-num_tokens * vocab_size * 4 // LOGITS_BYTES))
+    """Even pieces of the tokens whose fp32 logits stay under CHUNK_LOGITS_BYTES; a token at least."""
+    largest = max(1, CHUNK_LOGITS_BYTES // (4 * vocab_size))
+    num_pieces = -(-num_tokens // largest)
     size = -(-num_tokens // num_pieces)
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 

@@ -13,7 +13,7 @@ from dsllm.spec.sections import Spec
 from dsllm.units import MIB
 
 CHUNK_LOGITS_BYTES = 64 * MIB
-"""fp32 logits that the chunked loss holds at a time."""
+"""fp32 logits that the chunked loss holds at a time: enough to keep matrix kernels busy, little beside activations."""
 
 STATISTIC_BYTES = 4
 """Of a norm's statistics or of a row's log-sum-exp."""
@@ -27,10 +27,10 @@ def layer_bytes_per_token(spec: Spec, shape: ModelShape) -> int:
 
 
 def _gpt2_block(shape: ModelShape, element: int) -> int:
-    """Two norms with input and output, query, key and value, attention's output: 8h. The tanh GELU is composed of
-    elementary operations, of which four operands and the result are saved: 5i."""
+    """Two norms with input and output, query, key and value, attention's output: 8h. The feed-forward's
+    GELU with input and output: 2i."""
     statistics = 2 * 2 * element
-    return element * (8 * shape.hidden_size + 5 * shape.intermediate_size) + statistics
+    return element * (8 * shape.hidden_size + 2 * shape.intermediate_size) + statistics
 
 
 def _llama_block(shape: ModelShape, element: int) -> int:

@@ -1,0 +1,78 @@
+"""One story on two ranks, told in one start of DeepSpeed: a run meets a fault, then another, and goes on after each."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as distributed
+
+
+def tell(flags: list[str], run: str, data: str, small_disk: str | None) -> dict[str, Any]:
+    """What each attempt ended with on this rank: its exit status and what it wrote to stderr."""
+    checkpoints = Path(run) / "checkpoints"
+    told = {"first": attempt([*flags, "--run-dir", run])}
+    told["finished already"] = attempt([*flags, "--run-dir", run])
+    told["other seed"] = attempt([*flags, "--run-dir", run, "--set", "seed=7"])
+    told["never"] = attempt([*flags, "--run-dir", run, "--resume", "never"])
+    told["nothing there"] = attempt([*flags, "--run-dir", run, "--resume", str(checkpoints / "global_step77")])
+    with replaced(checkpoints / "latest", lambda content: b"global_step99"):
+        told["latest gone"] = attempt([*flags, "--run-dir", run])
+    state = next((checkpoints / "global_step4").glob("*optim_states.pt"))
+    with replaced(state, lambda content: content[: len(content) // 2]):
+        told["cut state"] = attempt([*flags, "--run-dir", run])
+    with replaced(Path(data) / "train-00000.bin", lambda content: bytes([content[0] ^ 1]) + content[1:]):
+        told["corrupt shard"] = attempt([*flags, "--run-dir", run + "-2"])
+    told["too high a rate"] = attempt([*flags, "--run-dir", run + "-3", "--set", "optimizer.learning_rate=1e30"])
+    if small_disk is not None:
+        told |= meet_a_full_disk(flags, small_disk)
+    return told
+
+
+def meet_a_full_disk(flags: list[str], run: str) -> dict[str, Any]:
+    """`run`/checkpoints is a disk with room for one checkpoint: the second save fails, and later there is room."""
+    told = {"full disk": attempt([*flags, "--run-dir", run])}
+    checkpoints = Path(run) / "checkpoints"
+    told["left on it"] = {path.name: path.is_dir() for path in sorted(checkpoints.iterdir())}
+    told["latest on it"] = (checkpoints / "latest").read_text()
+    on_rank_0(lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(checkpoints)], check=True))
+    told["with room"] = attempt([*flags, "--run-dir", run])
+    return told
+
+
+def attempt(arguments: list[str]) -> dict[str, Any]:
+    """dsllm/train.py with `arguments`, on every rank together."""
+    from dsllm.train import main
+
+    if distributed.is_initialized():
+        distributed.barrier()
+    errors = io.StringIO()
+    before = sys.argv
+    sys.argv = ["train.py", *arguments]
+    try:
+        with contextlib.redirect_stderr(errors):
+            status = main()
+    finally:
+        sys.argv = before
+    return {"status": status, "stderr": errors.getvalue()}
+
+
+@contextlib.contextmanager
+def replaced(path: Path, change: Callable[[bytes], bytes]) -> Iterator[None]:
+    """`path` with other content, on every rank at once."""
+    original = path.read_bytes()
+    on_rank_0(lambda: path.write_bytes(change(original)))
+    yield
+    on_rank_0(lambda: path.write_bytes(original))
+
+
+def on_rank_0(work: Callable[[], Any]) -> None:
+    distributed.barrier()
+    if distributed.get_rank() == 0:
+        work()
+    distributed.barrier()

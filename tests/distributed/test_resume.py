@@ -1,0 +1,130 @@
+"""A run that was killed goes on as if it had not been; what it leaves behind can be exported."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dsllm.checkpoint.export import export_run
+from dsllm.data.loader import TokenSamples
+from tests.distributed.harness import ROOT, RankResult, run_ranks
+from tests.small_text import write_corpus
+
+pytestmark = pytest.mark.distributed
+
+TRAIN = ROOT / "dsllm" / "train.py"
+STEPS, CHECKPOINT_INTERVAL, SEQUENCE_LENGTH = 12, 4, 32
+TIMEOUT_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Two runs of one spec: one undisturbed, one killed after its first checkpoint and started again."""
+
+    stage: int
+    undisturbed: Path
+    resumed: Path
+    data: Path
+
+
+def arguments(corpus: Path, run: Path, stage: int, *overrides: str) -> list[str | Path]:
+    """A GPT-2 of two layers with dropout, so that random states matter, in bf16."""
+    settings = [
+        f"data={{sources: [{{kind: text, path: '{corpus}'}}], validation_fraction: 0.1, directory: '{corpus}-tokens'}}",
+        "model={family: gpt2, num_layers: 2, hidden_size: 64, num_attention_heads: 4, dropout: 0.1}",
+        "tokenizer={kind: sentencepiece, vocab_size: 400}",
+        f"batch={{sequence_length: {SEQUENCE_LENGTH}, global_batch_size: 8, micro_batch_size: 2}}",
+        f"training={{train_steps: {STEPS}, precision: bf16}}",
+        "schedule={warmup_steps: 2}",
+        f"zero={{stage: {stage}}}",
+        f"checkpoint={{interval: {CHECKPOINT_INTERVAL}, keep_last: 2}}",
+        "evaluation={interval: 6, batches: 4}",
+        *overrides,
+    ]
+    flags: list[str | Path] = [TRAIN, "--spec", "quickstart", "--run-dir", run]
+    for setting in settings:
+        flags += ["--set", setting]
+    return flags
+
+
+def train(corpus: Path, run: Path, stage: int, *overrides: str, num_ranks: int = 2, check: bool = True) -> RankResult:
+    return run_ranks(
+        arguments(corpus, run, stage, *overrides), num_ranks=num_ranks, timeout_seconds=TIMEOUT_SECONDS, check=check
+    )
+
+
+def train_and_signal(corpus: Path, run: Path, stage: int, number: signal.Signals, after_step: int) -> RankResult:
+    """Start a run, and send every rank `number` once `after_step` is done."""
+    results: list[RankResult] = []
+    launch = threading.Thread(target=lambda: results.append(train(corpus, run, stage, check=False)))
+    launch.start()
+    while launch.is_alive() and len(records(run)) < after_step:
+        time.sleep(0.02)
+    for process in ranks_of(run):
+        process.send_signal(number)
+    launch.join()
+    return results[0]
+
+
+def ranks_of(run: Path) -> list[psutil.Process]:
+    """The processes that train into `run`; the launcher's own name the script too, but not as Python's first word."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(run) in (line := process.info["cmdline"] or []) and "-m" not in line and "deepspeed" not in line[1]
+    ]
+
+
+def records(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("text") / "corpus")
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=["stage1", "stage2", "stage3"])
+def runs(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp(f"stage{request.param}")
+    train(corpus, folder / "undisturbed", request.param)
+    killed = train_and_signal(corpus, folder / "killed", request.param, signal.SIGKILL, after_step=6)
+    assert killed.returncode != 0
+    assert 6 <= len(records(folder / "killed")) < STEPS, "killed too late to prove anything"
+    train(corpus, folder / "killed", request.param)
+    return Runs(request.param, folder / "undisturbed", folder / "killed", Path(f"{corpus}-tokens"))
+
+
+def test_after_sigkill_losses_and_norms_equal_those_of_an_undisturbed_run_exactly(runs: Runs) -> None:
+    expected, resumed = records(runs.undisturbed), records(runs.resumed)
+    assert [record["step"] for record in resumed] == list(range(1, STEPS + 1))
+    for field in ("loss", "grad_norm", "lr", "tokens"):
+        assert [record[field] for record in resumed] == [record[field] for record in expected]
+    assert resumed[-1]["val_loss"] == expected[-1]["val_loss"]
+    assert "going on from" in (runs.resumed / "logs" / "rank0.log").read_text()
+
+
+def test_only_the_last_checkpoints_are_kept_and_latest_names_the_newest(runs: Runs) -> None:
+    checkpoints = runs.resumed / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["global_step12", "global_step8", "latest"]
+    assert (checkpoints / "latest").read_text() == "global_step12"
+
+
+def test_the_exported_folder_has_the_validation_loss_of_the_run(runs: Runs, tmp_path: Path) -> None:
+    assert export_run(runs.resumed, tmp_path / "exported") == STEPS
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
+    samples = TokenSamples.open(runs.data, "validation", SEQUENCE_LENGTH)
+    tokens = torch.stack([torch.from_numpy(samples[i]) for i in range(min(32, len(samples)))])
+    with torch.no_grad():
+        loss = model(input_ids=tokens, labels=tokens).loss.item()
+    assert loss == pytest.approx(records(runs.resumed)[-1]["val_loss"], abs=5e-3)
