@@ -25,6 +25,8 @@ def model_config(spec: Spec) -> PretrainedConfig:
     config = builders[spec.model.family](spec.model, shape.padded_vocab_size, shape.intermediate_size)
     config._attn_implementation = spec.model.attention
     config.use_cache = False
+    # The families' own ids for text's begin and end mean nothing in another vocabulary; export writes the tokenizer's.
+    config.bos_token_id = config.eos_token_id = None
     return config
 
 
@@ -93,6 +95,8 @@ def _gpt2_config(model: Model, vocab_size: int, intermediate_size: int) -> GPT2C
         layer_norm_epsilon=model.norm_epsilon,
         initializer_range=model.initializer_range,
         tie_word_embeddings=model.tie_word_embeddings,
+        bos_token_id=None,  # GPT-2's own 50256 may not be in this vocabulary; the export sets the tokenizer's
+        eos_token_id=None,
     )
 
 
@@ -108,5 +112,7 @@ def _llama_config(model: Model, vocab_size: int, intermediate_size: int) -> Llam
         rms_norm_eps=model.norm_epsilon,
         initializer_range=model.initializer_range,
         tie_word_embeddings=model.tie_word_embeddings,
+        bos_token_id=None,
+        eos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
     )
