@@ -25,8 +25,6 @@ def model_config(spec: Spec) -> PretrainedConfig:
     config = builders[spec.model.family](spec.model, shape.padded_vocab_size, shape.intermediate_size)
     config._attn_implementation = spec.model.attention
     config.use_cache = False
-    # The families' own ids for text's begin and end mean nothing in another vocabulary; export writes the tokenizer's.
-    config.bos_token_id = config.eos_token_id = None
     return config
 
 
