@@ -1,0 +1,198 @@
+"""Writes what is generated: docs/spec.md, docs/cli.md, and in README.md the presets and the outputs of light commands.
+
+python docs/generate.py
+
+A command is light where it needs no torch and leaves nothing behind: those show what they print today, as on a machine
+without GPUs. A test fails while any of this is stale.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import typer
+
+from dsllm.cli.app import app
+from dsllm.plan.model_shape import model_shape
+from dsllm.spec.load import load_spec, preset_names
+from dsllm.spec.schema import describe, spec_schema
+from dsllm.units import format_count
+
+ROOT = Path(__file__).resolve().parents[1]
+HELP_COLUMNS = 100
+LIGHT_COMMANDS = ("validate", "schema", "presets", "config", "estimate-memory")
+NOTE = "<!-- written by docs/generate.py: do not edit -->"
+
+
+# --- README.md --------------------------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """A fenced shell command, and the output that is shown below it."""
+
+    command: str
+    output: str | None
+
+    @property
+    def is_light(self) -> bool:
+        words = self.command.split()
+        return words[0] == "dsllm" and (words[1] in LIGHT_COMMANDS or (words[1] == "launch" and "--dry-run" in words))
+
+
+_FLAGS = re.MULTILINE | re.DOTALL
+_EXAMPLE = re.compile(r"^```bash\n(?P<command>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", _FLAGS)
+_FILE = re.compile(r"^```yaml\n# (?P<name>\S+\.yaml)\n(?P<text>.*?)^```\n", _FLAGS)
+_PRESETS = re.compile(r"(?<=<!-- presets -->\n).*?(?=<!-- end of presets -->)", re.DOTALL)
+
+
+def examples(readme: str) -> list[Example]:
+    """Every shell command of the README, in order."""
+    return [Example(match["command"].strip(), match["output"]) for match in _EXAMPLE.finditer(readme)]
+
+
+def make_workspace(folder: Path, readme: str) -> None:
+    """What the README's commands find in the current folder: the checkout's, and the files that the README spells."""
+    for name in ("dsllm", "hostfiles"):
+        (folder / name).symlink_to(ROOT / name)
+    for match in _FILE.finditer(readme):
+        (folder / match["name"]).write_text(match["text"])
+
+
+def run_light(command: str, workspace: Path) -> str:
+    """What a light command prints, errors included, without this machine's paths."""
+    beside_python = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "PATH": f"{beside_python}{os.pathsep}{os.environ['PATH']}",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    result = subprocess.run(
+        ["bash", "-c", command],
+        cwd=workspace,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    text = result.stdout.replace(f"{beside_python}/", "").replace(f"{ROOT}/", "")
+    return "\n".join(line.rstrip() for line in text.strip("\n").splitlines() if line.strip()) + "\n"
+
+
+def presets_table() -> str:
+    """The presets as Markdown, smallest first."""
+    rows = ["| preset | family | parameters | sequence length | tokens | ZeRO |", "|---|---|---:|---:|---:|---:|"]
+    for spec, name in sorted(((load_spec(name), name) for name in preset_names()), key=lambda pair: _size(pair[0])):
+        tokens = spec.train_steps * spec.tokens_per_step
+        rows.append(
+            f"| `{name}` | {spec.model.family} | {_size(spec) / 1e6:,.1f}M | {spec.batch.sequence_length} | "
+            f"{format_count(tokens)} | {spec.zero.stage} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def readme() -> str:
+    """The README with its presets and the outputs of its light commands as they are now."""
+    text = _PRESETS.sub(presets_table(), (ROOT / "README.md").read_text())
+
+    def with_output(match: re.Match[str]) -> str:
+        example = Example(match["command"].strip(), match["output"])
+        if not example.is_light or example.output is None:
+            return match[0]
+        return match[0].replace(example.output, run_light(example.command, Path(folder)))
+
+    with tempfile.TemporaryDirectory() as folder:
+        make_workspace(Path(folder), text)
+        return _EXAMPLE.sub(with_output, text)
+
+
+def _size(spec: Any) -> int:
+    return model_shape(spec).parameters
+
+
+# --- docs/cli.md ------------------------------------------------------------------------------------------------------
+
+
+def cli_reference() -> str:
+    """Every command's help under a heading of its own."""
+    command = typer.main.get_command(app)
+    context = command.context_class(command, info_name="dsllm", **command.context_settings)
+    pages = "\n".join(_help_pages(command, context))
+    return (
+        f"{NOTE}\n# Command line\n\nExit status: 0 done, 2 your mistake (the message says what to change), 1 a fault "
+        f"while running. Messages are explained in [troubleshooting](troubleshooting.md).\n\n{pages}"
+    )
+
+
+def _help_pages(command: Any, context: Any) -> Iterator[str]:
+    context.terminal_width = HELP_COLUMNS
+    yield f"## {context.command_path}\n\n```text\n{command.get_help(context)}\n```\n"
+    for name, child in getattr(command, "commands", {}).items():
+        yield from _help_pages(child, child.context_class(child, info_name=name, parent=context))
+
+
+# --- docs/spec.md -----------------------------------------------------------------------------------------------------
+
+
+def spec_reference() -> str:
+    """Every section of the spec: what a field takes, its default, its docstring."""
+    parts = [_section_page("", spec_schema())]
+    for name, field in spec_schema()["properties"].items():
+        parts += [_section_page(path, section) for path, section in _sections(name, field)]
+    return (
+        f"{NOTE}\n# The spec\n\nYAML or JSON. Unknown keys are errors, nothing is rewritten, and the number of GPUs is "
+        "never a field. `dsllm schema` prints the same as JSON Schema, with which editors complete; "
+        "`--set section.key=value` overrides any field on any command that takes a spec.\n\n" + "\n".join(parts)
+    )
+
+
+def _sections(path: str, node: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The sections that may stand at a path, and those inside them; a list's items are at `path[]`."""
+    for part in node.get("oneOf") or node.get("anyOf") or [node]:
+        if "$ref" in part:
+            section = spec_schema()["$defs"][part["$ref"].rsplit("/", 1)[-1]]
+            yield path, section
+            for name, field in section["properties"].items():
+                yield from _sections(f"{path}.{name}", field)
+        elif "items" in part:
+            yield from _sections(f"{path}[]", part["items"])
+
+
+def _section_page(path: str, section: dict[str, Any]) -> str:
+    kind = section["properties"].get("kind", {}).get("const")
+    title = f"`{path}`" + (f", kind `{kind}`" if kind else "") if path else "Top level"
+    rows = [_row(name, field, section.get("required", ())) for name, field in section["properties"].items()]
+    table = "\n".join(["| field | takes | default | |", "|---|---|---|---|", *rows])
+    return f"## {title}\n\n{section['description']}\n\n{table}\n"
+
+
+def _row(name: str, field: dict[str, Any], required: Any) -> str:
+    is_section = any(_sections(name, field))
+    takes = "a list of sections" if "items" in field else "a section" if is_section else describe(field)
+    default = "required" if name in required else "the defaults below" if is_section else _default(field["default"])
+    if is_section and field.get("default", "") is None:
+        default = "absent"
+    cells = (f"`{name}`", takes, default, " ".join(field["description"].split()))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _default(value: Any) -> str:
+    return "absent" if value is None else f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def generated_files() -> dict[str, str]:
+    """The text of every generated file, by its path in the checkout."""
+    return {"README.md": readme(), "docs/cli.md": cli_reference(), "docs/spec.md": spec_reference()}
+
+
+if __name__ == "__main__":
+    for path, text in generated_files().items():
+        (ROOT / path).write_text(text)
