@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
@@ -98,7 +99,7 @@ def peak_flops(spec: Spec, world: ranks.World) -> float | None:
 
 def jsonl_sink(path: Path, resumed_step: int) -> Sink:
     """One JSON object a line. Steps that a resume will run again are taken out first, so that each step stands once."""
-    kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
+    kept = [line for line in _text(path).splitlines(keepends=True) if _step_of(line) <= resumed_step]
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
     partial.replace(path)
@@ -160,13 +161,16 @@ def _wandb_mode(settings: Wandb) -> Any:
     return "online" if has_key else "offline"
 
 
-def _lines(path: Path) -> list[str]:
-    """Whole lines of a file; the last one of a killed run may be cut."""
-    return [line for line in _text(path).splitlines(keepends=True) if line.endswith("}\n")]
+def _step_of(line: str) -> float:
+    """The step of a record; infinite for a line that a killed run left unfinished."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError:
         return ""
