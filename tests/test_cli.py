@@ -209,8 +209,9 @@ def test_a_dry_run_prints_the_command_and_stops(capsys: pytest.CaptureFixture[st
     assert words[0] == "DS_ACCELERATOR=cpu"
     assert Path(words[1]).name == "deepspeed"
     assert words[2:6] == ["--num_gpus", "2", "--master_port", "29500"]
-    assert words[6] == str(ROOT / "dsllm" / "train.py")
-    assert words[7:] == ["--spec", "quickstart", "--run-dir", "my run", "--set", "seed=1"]
+    assert words[6:8] == ["--log_level", "error"]
+    assert words[8] == str(ROOT / "dsllm" / "train.py")
+    assert words[9:] == ["--spec", "quickstart", "--run-dir", "my run", "--set", "seed=1"]
 
 
 @pytest.mark.parametrize(

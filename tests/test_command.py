@@ -30,7 +30,8 @@ def _every_gpu_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_local_command_names_its_ranks_its_port_and_the_installed_script() -> None:
     command = launch_command(local_topology(4, gpus=8), 29501, ["--spec", "1b"])
-    assert command[1:] == ["--num_gpus", "4", "--master_port", "29501", str(TRAIN_SCRIPT), "--spec", "1b"]
+    assert command[1:5] == ["--num_gpus", "4", "--master_port", "29501"]
+    assert command[-3:] == [str(TRAIN_SCRIPT), "--spec", "1b"]
 
 
 def test_the_launcher_is_the_one_beside_this_python() -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -48,6 +45,7 @@ def launch(
 ) -> None:
     """Check a run, print the deepspeed command that starts it, and start it."""
     from dsllm.launch.command import launch_command, launch_environment, train_arguments
+    from dsllm.launch.supervisor import run_launcher
     from dsllm.plan.batch import micro_batch_choices, resolve_batch
     from dsllm.spec.load import load_spec
 
@@ -62,7 +60,7 @@ def launch(
     environment = launch_environment(topology)
     typer.echo(_as_typed(command, environment))
     if not dry_run:
-        raise typer.Exit(_run(command, environment))
+        raise typer.Exit(run_launcher(command, environment))
 
 
 def _topology(hostfile: str | None, num_nodes: int | None, num_gpus: int | None) -> Topology:
@@ -89,24 +87,3 @@ def _check_resume(resume: str) -> None:
 def _as_typed(command: Sequence[str], environment: Mapping[str, str]) -> str:
     """The command as it would be typed into a shell."""
     return shlex.join([*(f"{name}={value}" for name, value in environment.items()), *command])
-
-
-def _run(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Runs the launcher, hands on the signals that end a run, and returns its exit status as a shell would."""
-    from dsllm.errors import UserError
-
-    try:
-        process = subprocess.Popen(command, env={**os.environ, **environment})
-    except FileNotFoundError:
-        raise UserError("deepspeed: not installed; pip install 'dsllm[train]'") from None
-    # Ctrl-C reaches the whole group by itself: here it must only not end us before the ranks have saved.
-    handlers = {
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number)),
-    }
-    try:
-        status = process.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return status if status >= 0 else 128 - status

@@ -124,7 +124,9 @@ def launch_command(topology: Topology, master_port: int, train_arguments: Sequen
         command.append("--force_multi")  # DeepSpeed runs a single host here, whatever its name
     if topology.limits_slots and not topology.devices:
         command += ["--num_gpus", str(topology.ranks_per_host)]
-    return [*command, "--master_port", str(master_port), str(TRAIN_SCRIPT), *train_arguments]
+    command += ["--master_port", str(master_port)]
+    command += ["--log_level", "error"]  # its lines of information would bury the run's own
+    return [*command, str(TRAIN_SCRIPT), *train_arguments]
 
 
 def train_arguments(spec: str, run_dir: str | None, resume: str, overrides: Sequence[str]) -> list[str]:

@@ -1,0 +1,59 @@
+"""Runs DeepSpeed's launcher, and hands the signals that end a run to the ranks themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from dsllm.errors import UserError
+
+
+def run_launcher(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run `command` with additions to the environment until it ends. Returns its exit status as a shell would.
+
+    A Ctrl-C or SIGTERM goes to the ranks, which finish their step, save and end with 0. DeepSpeed's launcher would
+    die of it and leave them behind, or kill them after 30 seconds; in a session of its own it never sees it.
+    """
+    launchers: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(number: int, frame: object) -> None:
+        if not launchers:
+            raise KeyboardInterrupt
+        _hand_on(launchers[0], signal.Signals(number))
+
+    # In place before the launcher starts: a signal that ends dsllm alone would leave the ranks running.
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        launchers.append(subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True))
+        status = launchers[0].wait()
+    except FileNotFoundError:
+        raise UserError("deepspeed: not installed; pip install 'dsllm[train]'") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
+
+
+def _hand_on(launcher: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """To every rank on this host; to the launcher where it has none here, as on the way to other hosts."""
+    ranks = _ranks_below(launcher.pid)
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, number)
+    if not ranks:
+        launcher.send_signal(number)
+
+
+def _ranks_below(launcher: int) -> list[int]:
+    """Processes that DeepSpeed has given a rank."""
+    import psutil  # comes with DeepSpeed
+
+    ranks = []
+    for child in psutil.Process(launcher).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if "RANK" in child.environ():
+                ranks.append(child.pid)
+    return ranks
