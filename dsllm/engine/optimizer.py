@@ -20,6 +20,8 @@ class FlatAdamW(torch.optim.AdamW, FusedAdam):
     many machines lack a compiler; nothing but the class is asked for (runtime/engine.py, _configure_fp16_optimizer).
     """
 
+    set_grad_none = True  # read by FusedAdam.zero_grad, which comes before torch's in the order of classes
+
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> ParameterGroups:
     """Two groups: matrices are decayed, vectors (biases and norms) are not."""

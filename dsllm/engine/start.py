@@ -6,8 +6,10 @@ from typing import Any
 
 import deepspeed
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 
 from dsllm.engine.optimizer import own_optimizer, parameter_groups
+from dsllm.errors import UserError
 from dsllm.model.build import (
     DTYPES,
     build_model,
@@ -17,14 +19,18 @@ from dsllm.model.build import (
 )
 from dsllm.model.initialize import initialize_weights
 from dsllm.model.loss import TrainingModel, fused_loss_is_available
-from dsllm.spec.sections import Spec
+from dsllm.spec.sections import Precision, Spec
 
 CHECKPOINTED_BLOCKS = {"selective": 2, "full": 1}
 """Every how many blocks activations are computed again."""
 
 
 def start_engine(spec: Spec, ds_config: dict[str, Any]) -> DeepSpeedEngine:
-    """The initialised model of `spec` under DeepSpeed; collective, on every rank."""
+    """The initialised model of `spec` under DeepSpeed; collective, on every rank.
+
+    Raises UserError where the device cannot compute in the spec's precision.
+    """
+    check_precision(spec.training.precision)
     partitioned = ds_config if spec.zero.stage == 3 else None
     causal_lm = build_model(model_config(spec), DTYPES[spec.training.precision], partitioned)
     initialize_weights(causal_lm, spec.seed)
@@ -45,3 +51,15 @@ def loss_implementation(spec: Spec) -> Any:
     if spec.training.loss != "auto":
         return spec.training.loss
     return "fused" if fused_loss_is_available() else "chunked"
+
+
+def check_precision(precision: Precision) -> None:
+    """Raises UserError where this device, or this CPU, has no arithmetic of that type: bf16 on a V100, for one."""
+    accelerator = get_accelerator()
+    supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported, "fp32": lambda: True}
+    if not supported[precision]():
+        others = " or ".join(name for name, is_supported in supported.items() if is_supported())
+        raise UserError(
+            f"training.precision: given {precision}, in which this {accelerator.device_name()} cannot compute; "
+            f"set it to {others}"
+        )

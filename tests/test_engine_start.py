@@ -1,0 +1,90 @@
+"""What is settled before the first step: the device's types, the loss, the optimizer and its groups."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import FusedAdam
+
+from dsllm.engine.optimizer import own_optimizer, parameter_groups
+from dsllm.engine.start import check_precision, loss_implementation
+from dsllm.errors import UserError
+from dsllm.model.build import build_model, model_config
+from dsllm.model.initialize import initialize_weights
+from dsllm.model.loss import TrainingModel, fused_loss_is_available
+from dsllm.spec.load import load_spec
+
+
+def test_a_precision_that_the_device_lacks_is_the_users_mistake_and_names_those_it_has() -> None:
+    if get_accelerator().is_fp16_supported():
+        pytest.skip("this device computes in fp16")
+    with pytest.raises(UserError, match=r"^training.precision: given fp16, in which this cpu cannot compute; set"):
+        check_precision("fp16")
+
+
+def test_fp32_runs_anywhere() -> None:
+    check_precision("fp32")
+
+
+def test_the_automatic_loss_is_fused_where_that_can_run_else_chunked() -> None:
+    assert loss_implementation(load_spec("quickstart")) == ("fused" if fused_loss_is_available() else "chunked")
+    assert loss_implementation(load_spec("quickstart", ["training.loss=plain"])) == "plain"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_matrices_decay_vectors_do_not_and_each_parameter_is_in_one_group(family: str, tied: str) -> None:
+    model = training_model(family, f"model.tie_word_embeddings={tied}")
+    decayed, spared = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert all(parameter.ndim >= 2 for parameter in decayed["params"])
+    assert all(parameter.ndim == 1 for parameter in spared["params"])
+    everything = [id(parameter) for parameter in model.parameters()]
+    assert sorted(id(p) for group in (decayed, spared) for p in group["params"]) == sorted(everything)
+
+
+def test_a_partitioned_matrix_is_known_by_its_true_shape() -> None:
+    model = torch.nn.Linear(4, 4)
+    model.weight.data = torch.empty(0)
+    model.weight.ds_shape = torch.Size([4, 4])  # what ZeRO-3 leaves of it
+    decayed, spared = parameter_groups(model, 0.1)
+    assert [len(group["params"]) for group in (decayed, spared)] == [1, 1]
+    assert decayed["params"][0] is model.weight
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "is_own"), [(0, "bf16", True), (0, "fp16", True), (0, "fp32", False), (1, "bf16", False)]
+)
+def test_deepspeed_makes_the_optimizer_but_in_half_precision_at_stage_0(
+    stage: int, precision: str, is_own: bool
+) -> None:
+    spec = load_spec("quickstart", [f"zero.stage={stage}", f"training.precision={precision}"])
+    optimizer = own_optimizer(spec, parameter_groups(torch.nn.Linear(2, 2), 0.1))
+    assert isinstance(optimizer, FusedAdam) is is_own
+    assert (optimizer is None) is not is_own
+
+
+def test_the_own_optimizer_steps_as_torchs_adamw_does() -> None:
+    spec = load_spec("quickstart", ["zero.stage=0", "training.precision=bf16"])
+    models = [torch.nn.Linear(8, 8)]
+    models.append(copy.deepcopy(models[0]))
+    ours = own_optimizer(spec, parameter_groups(models[0], 0.1))
+    theirs = torch.optim.AdamW(parameter_groups(models[1], 0.1), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    for step in range(3):
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            (model(torch.full((1, 8), step + 1.0)) ** 2).sum().backward()
+            optimizer.step()
+    for found, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def training_model(family: str, *overrides: str) -> TrainingModel:
+    shape = "num_layers: 2, hidden_size: 32, num_attention_heads: 4"
+    spec = load_spec("quickstart", [f"model={{family: {family}, {shape}}}", *overrides])
+    model = build_model(model_config(spec), torch.float32)
+    initialize_weights(model, spec.seed)
+    return TrainingModel(model, "chunked")
