@@ -53,14 +53,20 @@ def test_the_journey_from_text_to_an_exported_model_runs_as_the_readme_tells_it(
     programs = [example.command.split()[0] for example in HEAVY]
     assert programs == ["dsllm", "dsllm", "dsllm", "deepspeed", "dsllm", "dsllm"]
     printed = [_run(_with_a_free_port(example.command), workspace) for example in HEAVY]
+    for example, output in zip(HEAVY, printed, strict=True):
+        assert _lines(example.output or "") <= _lines(output), f"{example.command}\n{output}"
 
     run = workspace / "runs/quickstart"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(1, 31))
     assert steps[-1]["val_loss"] < steps[0]["val_loss"] - 1.0
-    assert "going on from runs/quickstart/checkpoints/global_step20" in printed[3]
     assert printed[-1].startswith("def main(")
     _run(shlex.join([sys.executable, "-c", _python_of_the_readme()]), workspace)
+
+
+def _lines(output: str) -> set[str]:
+    """The lines of an output but `…`, without their numbers, which differ from machine to machine."""
+    return {re.sub(r"\d[\d.,a-z]*", "#", line.strip()) for line in output.splitlines()} - {"", "…"}
 
 
 def _python_of_the_readme() -> str:
