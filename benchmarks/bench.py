@@ -30,15 +30,17 @@ DSLLM = "dsllm, ZeRO-1"
 BARE = "bare DeepSpeed loop, ZeRO-1"
 TRAINER = "Hugging Face Trainer, ZeRO-1"
 STAGE_0 = "dsllm, ZeRO-0"
+STAGE_0_BF16 = "dsllm, ZeRO-0, bf16"
+STAGE_1_BF16 = "dsllm, ZeRO-1, bf16"
 # What is compared with what, and the least ratio that is good enough.
-RATIOS = ((DSLLM, BARE, 0.97), (DSLLM, TRAINER, 1.0), (STAGE_0, DSLLM, 1.0))
+RATIOS = ((DSLLM, BARE, 0.97), (DSLLM, TRAINER, 1.0), (STAGE_0, DSLLM, 1.0), (STAGE_0_BF16, STAGE_1_BF16, 1.0))
 
 Contender = Callable[[Path], float]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=steps_argument, default=40, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=steps_argument, default=24, help="optimizer steps of each run")
     parser.add_argument("--rounds", type=int, default=3, help="turns that each contender gets")
     args = parser.parse_args()
     console = Console()
@@ -91,9 +93,10 @@ def prepare(folder: Path, steps: int) -> tuple[int, dict[str, Contender]]:
     rival = ["--model", folder / "model", "--ds-config", folder / "ds_config.json", "--steps", steps]
     rival += ["--sequence-length", stage_1.batch.sequence_length]
 
-    def dsllm_at(stage: int) -> Contender:
+    def dsllm_at(stage: int, precision: str = "fp32") -> Contender:
+        settings = [*overrides, f"zero.stage={stage}", f"training.precision={precision}"]
         return lambda path: settled_median(
-            [line["step_seconds"] for line in train(SPEC, [*overrides, f"zero.stage={stage}"], path, NUM_RANKS, "cpu")]
+            [line["step_seconds"] for line in train(SPEC, settings, path, NUM_RANKS, "cpu")]
         )
 
     def rival_in(script: str) -> Contender:
@@ -104,6 +107,8 @@ def prepare(folder: Path, steps: int) -> tuple[int, dict[str, Contender]]:
         BARE: rival_in("benchmarks/bare_deepspeed.py"),
         TRAINER: rival_in("benchmarks/hf_trainer.py"),
         STAGE_0: dsllm_at(0),
+        STAGE_0_BF16: dsllm_at(0, "bf16"),
+        STAGE_1_BF16: dsllm_at(1, "bf16"),
     }
     return stage_1.batch.global_batch_size * stage_1.batch.sequence_length, contenders
 

@@ -21,6 +21,13 @@ logger = logging.getLogger(__name__)
 
 SAME_RUN = ("seed", "model", "tokenizer", "data.sources", "data.validation_fraction", "batch", "training.precision")
 """Fields that a run cannot change half-way: with another value it would be another run."""
+SAME_LAYOUT = (
+    "zero.stage",
+    "zero.offload_optimizer",
+    "zero.offload_param",
+    "training.gradient_accumulation_precision",
+)
+"""Fields that decide how DeepSpeed lays its states out in files: it reads them back only as they were written."""
 FREE = ("batch.micro_batch_size", "model.attention")
 """Exceptions within them: they change how the same numbers are computed."""
 
@@ -49,6 +56,12 @@ def check_same_run(spec: Spec, checkpoint: Path) -> None:
     if not path.is_file():
         return
     differences = spec_differences(load_spec(str(path)), spec)
+    unreadable = [line for field, line in differences if _is_under(field, SAME_LAYOUT)]
+    if unreadable:
+        raise UserError(
+            f"{checkpoint}: written with another {'; '.join(unreadable)}: DeepSpeed reads its states back only as they "
+            "were written; set it back"
+        )
     refused = [line for field, line in differences if _is_under(field, SAME_RUN) and not _is_under(field, FREE)]
     if refused:
         raise UserError(

@@ -64,6 +64,12 @@ def check_loss(step: int, loss: float, untrained_loss: float) -> None:
         )
 
 
+def warn_of_skipped_step(step: int, was_skipped: bool) -> None:
+    """Say what DeepSpeed leaves unsaid: gradients were not finite, and the weights stay as they were."""
+    if was_skipped:
+        logger.warning("step %d: skipped, because a gradient was not finite; the weights did not change", step)
+
+
 def untrained_loss(shape: ModelShape, spec: Spec) -> float:
     """Loss in nats of a model that has learned nothing: ln(vocabulary), and half the variance of its logits.
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import resource
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -106,7 +107,8 @@ def jsonl_sink(path: Path, resumed_step: int) -> Sink:
 
     def write(record: Record) -> None:
         with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            # JSON has no infinity: the norm of a skipped step is null.
+            file.write(json.dumps({name: v if math.isfinite(v) else None for name, v in record.items()}) + "\n")
 
     return write
 
@@ -136,7 +138,7 @@ def wandb_sink(logs: Path, run_name: str, settings: Wandb) -> Sink:
             project=settings.project,
             entity=settings.entity,
             name=run_name,
-            id=run_name,
+            id=_wandb_id(logs),
             resume="allow",
             dir=str(logs),
             mode=_wandb_mode(settings),
@@ -152,6 +154,14 @@ def wandb_sink(logs: Path, run_name: str, settings: Wandb) -> Sink:
             logger.warning("Weights & Biases lost step %d: %s", record["step"], error)
 
     return write
+
+
+def _wandb_id(logs: Path) -> str:
+    """An id that a run folder keeps, so that a resume goes on in the same dashboard."""
+    path = logs / "wandb-id"
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex[:8])
+    return path.read_text()
 
 
 def _wandb_mode(settings: Wandb) -> Any:

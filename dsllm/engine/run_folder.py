@@ -62,9 +62,10 @@ def log_to(folder: Path, rank: int) -> None:
     screen.setFormatter(logging.Formatter("%(message)s"))
     screen.addFilter(lambda entry: rank == 0 and entry.name.startswith("dsllm") and getattr(entry, "on_screen", True))
     logging.basicConfig(level=logging.INFO, handlers=[file, screen], force=True)
-    deepspeed_logger = logging.getLogger("DeepSpeed")
-    deepspeed_logger.handlers.clear()
-    deepspeed_logger.propagate = True
+    logging.captureWarnings(True)
+    for library in ("DeepSpeed", "transformers"):  # they print by themselves unless told to leave it to the root
+        logging.getLogger(library).handlers.clear()
+        logging.getLogger(library).propagate = True
 
 
 def _version(package: str) -> str | None:

@@ -38,8 +38,10 @@ def train(
     for step in range(first_step, train_steps):
         rate = learning_rate(step)
         set_learning_rate(engine, rate)
+        skipped = engine.skipped_steps
         metrics = train_step(engine, micro_batches, stop)
         done = step + 1
+        guards.warn_of_skipped_step(done, engine.skipped_steps > skipped)
         check(done, metrics["loss"])
         if done == 1 or done == train_steps or done % evaluation_interval == 0:
             metrics["val_loss"] = evaluate()

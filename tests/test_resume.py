@@ -1,0 +1,90 @@
+"""Which checkpoint a start goes on from, and whether it belongs to the run; with real folders, without an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsllm.checkpoint.layout import read_latest, step_folder, step_folders, write_latest
+from dsllm.checkpoint.resume import check_same_run, check_world_size, choose_checkpoint
+from dsllm.errors import UserError
+from dsllm.spec.load import dump_spec, load_spec
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of preset quickstart with checkpoints after 2 and 10 steps of two ranks."""
+    for step in (10, 2):
+        folder = step_folder(tmp_path / "checkpoints", step)
+        folder.mkdir(parents=True)
+        for rank in range(2):
+            (folder / f"random_states_rank{rank}.pt").touch()
+    write_latest(tmp_path / "checkpoints", step_folder(tmp_path / "checkpoints", 10))
+    (tmp_path / "spec.yaml").write_text(dump_spec(load_spec("quickstart")))
+    return tmp_path
+
+
+def test_auto_takes_the_latest_and_starts_afresh_where_there_is_none(run: Path, tmp_path: Path) -> None:
+    assert choose_checkpoint("auto", run / "checkpoints") == run / "checkpoints" / "global_step10"
+    assert choose_checkpoint("auto", tmp_path / "nothing") is None
+
+
+def test_a_path_may_be_a_run_its_checkpoints_or_one_of_them(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    assert choose_checkpoint(str(run), Path("elsewhere")) == checkpoints / "global_step10"
+    assert choose_checkpoint(str(checkpoints), Path("elsewhere")) == checkpoints / "global_step10"
+    assert choose_checkpoint(str(checkpoints / "global_step2"), Path("elsewhere")) == checkpoints / "global_step2"
+
+
+def test_never_starts_afresh_only_in_a_folder_without_checkpoints(run: Path, tmp_path: Path) -> None:
+    assert choose_checkpoint("never", tmp_path / "nothing") is None
+    with pytest.raises(UserError, match="--resume never: .* holds global_step10 of an earlier run"):
+        choose_checkpoint("never", run / "checkpoints")
+
+
+def test_latest_missing_beside_checkpoints_is_no_fresh_start(run: Path) -> None:
+    (run / "checkpoints" / "latest").unlink()
+    with pytest.raises(UserError, match="no file `latest` beside global_step2, global_step10"):
+        choose_checkpoint("auto", run / "checkpoints")
+
+
+def test_latest_naming_a_folder_that_is_gone_names_those_that_are_there(run: Path) -> None:
+    (run / "checkpoints" / "latest").write_text("global_step99")
+    with pytest.raises(UserError, match="names global_step99, which is not there; there are global_step2, global_step"):
+        read_latest(run / "checkpoints")
+
+
+def test_checkpoints_are_ordered_by_step_not_by_name(run: Path) -> None:
+    assert [folder.name for folder in step_folders(run / "checkpoints")] == ["global_step2", "global_step10"]
+
+
+def test_another_number_of_ranks_is_refused_with_both_numbers(run: Path) -> None:
+    folder = run / "checkpoints" / "global_step10"
+    check_world_size(folder, 2)
+    with pytest.raises(UserError, match=r"written by 2 rank\(s\), given 3; start the run with 2"):
+        check_world_size(folder, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=7", r"differs in seed \(was 1337, now 7\): that makes it another run"),
+        ("model.num_layers=5", r"differs in model.num_layers \(was 4, now 5\)"),
+        ("batch.global_batch_size=32", "batch.global_batch_size"),
+        ("data.sources=[{kind: text, path: x}]", "data.sources.0.kind"),
+        ("zero.stage=3", r"written with another zero.stage \(was 2, now 3\): DeepSpeed reads its states back only as"),
+    ],
+)
+def test_what_makes_another_run_is_refused_with_both_values(run: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_same_run(load_spec("quickstart", [override]), run / "checkpoints" / "global_step10")
+
+
+@pytest.mark.parametrize(
+    "override", ["optimizer.learning_rate=1e-3", "batch.micro_batch_size=4", "training.train_steps=9999"]
+)
+def test_other_changes_are_told_and_accepted(run: Path, override: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="dsllm"):
+        check_same_run(load_spec("quickstart", [override]), run / "checkpoints" / "global_step10")
+    assert f"changed since the checkpoint: {override.split('=')[0]}" in caplog.text
