@@ -21,6 +21,7 @@ TRAIN = [
     "ninja>=1.11",
     "numpy>=1.26",
     "safetensors>=0.4.3",
+    "protobuf>=4",  # reads sentencepiece's model files
     "sentencepiece>=0.2",
     "tensorboard>=2.16",
     "tokenizers>=0.21",

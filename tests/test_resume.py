@@ -39,7 +39,7 @@ def test_a_path_may_be_a_run_its_checkpoints_or_one_of_them(run: Path) -> None:
 
 def test_never_starts_afresh_only_in_a_folder_without_checkpoints(run: Path, tmp_path: Path) -> None:
     assert choose_checkpoint("never", tmp_path / "nothing") is None
-    with pytest.raises(UserError, match="--resume never: .* holds global_step10 of an earlier run"):
+    with pytest.raises(UserError, match=r"--resume never: .* holds global_step10 of an earlier run"):
         choose_checkpoint("never", run / "checkpoints")
 
 

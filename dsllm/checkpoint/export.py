@@ -40,11 +40,11 @@ def export_run(run: Path, output: Path, precision: Precision | None = None) -> i
         raise UserError(f"{output}: not empty; choose another folder for the exported model, or empty it")
     checkpoint, spec = find_run(run)
     model = load_trained(checkpoint, spec, DTYPES[precision or spec.training.precision])
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.parent.parent / "tokenizer")
-    _set_special_tokens(model, tokenizer)
+    tokenizer_folder = checkpoint.parent.parent / "tokenizer"
+    _set_special_tokens(model, AutoTokenizer.from_pretrained(tokenizer_folder))
     try:
         model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        shutil.copytree(tokenizer_folder, output, dirs_exist_ok=True)  # as it was trained with, to the byte
         _compare_logits(model, output)
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)

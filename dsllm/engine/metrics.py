@@ -160,6 +160,7 @@ def _wandb_id(logs: Path) -> str:
     """An id that a run folder keeps, so that a resume goes on in the same dashboard."""
     path = logs / "wandb-id"
     if not path.is_file():
+        logs.mkdir(parents=True, exist_ok=True)
         path.write_text(uuid.uuid4().hex[:8])
     return path.read_text()
 

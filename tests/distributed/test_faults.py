@@ -43,16 +43,14 @@ def small_disk(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def told(folder: Path, small_disk: Path | None) -> dict[str, Any]:
-    """How each attempt of tests/distributed/faulty_runs.py ended on rank 0."""
+    """How each attempt of tests/distributed/attempts.py ended on rank 0."""
     corpus = write_corpus(folder / "corpus")
-    flags = [
-        str(flag) for flag in arguments(corpus, folder / "run", 2, "training.train_steps=4", "checkpoint.interval=2")
-    ]
+    flags = arguments(corpus, folder / "run", 2, "training.train_steps=4", "checkpoint.interval=2")
     return run_python_ranks(
-        Path(__file__).with_name("faulty_runs.py"),
+        Path(__file__).with_name("attempts.py"),
         "tell",
         {
-            "flags": flags[flags.index("--spec") : flags.index("--run-dir")] + flags[flags.index("--run-dir") + 2 :],
+            "flags": flags,
             "run": str(folder / "run"),
             "data": f"{corpus}-tokens",
             "small_disk": small_disk and str(small_disk),

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from dsllm.checkpoint.export import export_run
 from dsllm.data.loader import TokenSamples
-from tests.distributed.harness import ROOT, RankResult, run_ranks
+from tests.distributed.harness import ROOT, RankResult, run_python_ranks, run_ranks
 from tests.small_text import write_corpus
 
 pytestmark = pytest.mark.distributed
@@ -30,13 +30,11 @@ TIMEOUT_SECONDS = 120
 class Runs:
     """Two runs of one spec: one undisturbed, one killed after its first checkpoint and started again."""
 
-    stage: int
     undisturbed: Path
     resumed: Path
-    data: Path
 
 
-def arguments(corpus: Path, run: Path, stage: int, *overrides: str) -> list[str | Path]:
+def arguments(corpus: Path, run: Path, stage: int, *overrides: str) -> list[str]:
     """A GPT-2 of two layers with dropout, so that random states matter, in bf16."""
     settings = [
         f"data={{sources: [{{kind: text, path: '{corpus}'}}], validation_fraction: 0.1, directory: '{corpus}-tokens'}}",
@@ -50,22 +48,21 @@ def arguments(corpus: Path, run: Path, stage: int, *overrides: str) -> list[str 
         "evaluation={interval: 6, batches: 4}",
         *overrides,
     ]
-    flags: list[str | Path] = [TRAIN, "--spec", "quickstart", "--run-dir", run]
+    flags = ["--spec", "quickstart", "--run-dir", str(run)]
     for setting in settings:
         flags += ["--set", setting]
     return flags
 
 
-def train(corpus: Path, run: Path, stage: int, *overrides: str, num_ranks: int = 2, check: bool = True) -> RankResult:
-    return run_ranks(
-        arguments(corpus, run, stage, *overrides), num_ranks=num_ranks, timeout_seconds=TIMEOUT_SECONDS, check=check
-    )
-
-
 def train_and_signal(corpus: Path, run: Path, stage: int, number: signal.Signals, after_step: int) -> RankResult:
     """Start a run, and send every rank `number` once `after_step` is done."""
     results: list[RankResult] = []
-    launch = threading.Thread(target=lambda: results.append(train(corpus, run, stage, check=False)))
+    script = [TRAIN, *arguments(corpus, run, stage)]
+
+    def train() -> None:
+        results.append(run_ranks(script, num_ranks=2, timeout_seconds=TIMEOUT_SECONDS, check=False))
+
+    launch = threading.Thread(target=train)
     launch.start()
     while launch.is_alive() and len(records(run)) < after_step:
         time.sleep(0.02)
@@ -94,15 +91,31 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("text") / "corpus")
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=["stage1", "stage2", "stage3"])
-def runs(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp(f"stage{request.param}")
-    train(corpus, folder / "undisturbed", request.param)
-    killed = train_and_signal(corpus, folder / "killed", request.param, signal.SIGKILL, after_step=6)
-    assert killed.returncode != 0
-    assert 6 <= len(records(folder / "killed")) < STEPS, "killed too late to prove anything"
-    train(corpus, folder / "killed", request.param)
-    return Runs(request.param, folder / "undisturbed", folder / "killed", Path(f"{corpus}-tokens"))
+@pytest.fixture(scope="module")
+def all_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Runs]:
+    """By stage. What need not be killed shares a start of DeepSpeed."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {stage: Runs(folder / f"undisturbed-{stage}", folder / f"killed-{stage}") for stage in (1, 2, 3)}
+    train_each([arguments(corpus, run.undisturbed, stage) for stage, run in runs.items()])
+    for stage, run in runs.items():
+        killed = train_and_signal(corpus, run.resumed, stage, signal.SIGKILL, after_step=6)
+        assert killed.returncode != 0
+        assert 6 <= len(records(run.resumed)) < STEPS, "killed too late to prove anything"
+    train_each([arguments(corpus, run.resumed, stage) for stage, run in runs.items()])
+    return runs
+
+
+@pytest.fixture(params=[1, 2, 3], ids=["stage1", "stage2", "stage3"])
+def runs(request: pytest.FixtureRequest, all_runs: dict[int, Runs]) -> Runs:
+    return all_runs[request.param]
+
+
+def train_each(runs: list[list[str]]) -> None:
+    """Train on two ranks, one run after the other."""
+    ends = run_python_ranks(
+        Path(__file__).with_name("attempts.py"), "attempt_each", {"runs": runs}, num_ranks=2, timeout_seconds=200
+    )[0]
+    assert [end["status"] for end in ends] == [0] * len(runs), ends
 
 
 def test_after_sigkill_losses_and_norms_equal_those_of_an_undisturbed_run_exactly(runs: Runs) -> None:
@@ -120,10 +133,10 @@ def test_only_the_last_checkpoints_are_kept_and_latest_names_the_newest(runs: Ru
     assert (checkpoints / "latest").read_text() == "global_step12"
 
 
-def test_the_exported_folder_has_the_validation_loss_of_the_run(runs: Runs, tmp_path: Path) -> None:
+def test_the_exported_folder_has_the_validation_loss_of_the_run(runs: Runs, corpus: Path, tmp_path: Path) -> None:
     assert export_run(runs.resumed, tmp_path / "exported") == STEPS
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
-    samples = TokenSamples.open(runs.data, "validation", SEQUENCE_LENGTH)
+    samples = TokenSamples.open(f"{corpus}-tokens", "validation", SEQUENCE_LENGTH)
     tokens = torch.stack([torch.from_numpy(samples[i]) for i in range(min(32, len(samples)))])
     with torch.no_grad():
         loss = model(input_ids=tokens, labels=tokens).loss.item()

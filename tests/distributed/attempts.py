@@ -1,4 +1,4 @@
-"""One story on two ranks, told in one start of DeepSpeed: a run meets a fault, then another, and goes on after each."""
+"""dsllm/train.py run several times in one start of DeepSpeed, which takes longer than a small run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from typing import Any
 import torch.distributed as distributed
 
 
+def attempt_each(runs: list[list[str]]) -> list[dict[str, Any]]:
+    """Every one of `runs`, in turn."""
+    return [attempt(arguments) for arguments in runs]
+
+
 def tell(flags: list[str], run: str, data: str, small_disk: str | None) -> dict[str, Any]:
-    """What each attempt ended with on this rank: its exit status and what it wrote to stderr."""
+    """A run meets one fault after the other, and goes on after each: what every attempt ended with on this rank."""
     checkpoints = Path(run) / "checkpoints"
     told = {"first": attempt([*flags, "--run-dir", run])}
     told["finished already"] = attempt([*flags, "--run-dir", run])
@@ -46,7 +51,7 @@ def meet_a_full_disk(flags: list[str], run: str) -> dict[str, Any]:
 
 
 def attempt(arguments: list[str]) -> dict[str, Any]:
-    """dsllm/train.py with `arguments`, on every rank together."""
+    """dsllm/train.py with `arguments`, on every rank together: its exit status and what it wrote to stderr."""
     from dsllm.train import main
 
     if distributed.is_initialized():
