@@ -63,9 +63,9 @@ def steps_argument(text: str) -> int:
     return steps
 
 
-def settled_median(step_seconds: Sequence[float]) -> float:
-    """Median time of a step, the first ones left out."""
-    return statistics.median(step_seconds[FIRST_STEPS:])
+def settled_median(steps: Sequence[float]) -> float:
+    """Median over steps, the first ones left out."""
+    return statistics.median(steps[FIRST_STEPS:])
 
 
 def describe_machine() -> dict[str, Any]:
