@@ -27,6 +27,7 @@ $(INSTALLED): setup.py pyproject.toml constraints.txt
 
 demo: setup ## Train a small model on two ranks, export it, let it write Python
 	$(BIN)/dsllm launch quickstart --num-gpus 2 --run-dir $(DEMO_RUN)
+	rm -rf $(DEMO_EXPORT)
 	$(BIN)/dsllm export $(DEMO_RUN) $(DEMO_EXPORT)
 	$(BIN)/dsllm generate $(DEMO_RUN) --prompt "def main("
 

@@ -33,15 +33,16 @@ def main() -> int:
     rank = int(os.environ.get("RANK", 0))
     try:
         spec = load_spec(arguments.spec, arguments.set)
-        run_training(spec, Path(arguments.run_dir or f"runs/{spec.name}"), arguments.resume)
+        run_dir = Path(arguments.run_dir or f"runs/{spec.name}")
+        run_training(spec, run_dir, arguments.resume)
     except DsllmError as error:
-        logger.error("%s", error, extra={"on_screen": False})
-        if rank == 0:
+        logger.error("%s", error, exc_info=_wants_tracebacks(), extra={"on_screen": False})
+        if rank == 0 or error.is_shown_by_every_rank:
             print(error, file=sys.stderr)
         return error.exit_code
     except Exception as error:
         logger.exception("this rank failed", extra={"on_screen": False})
-        print(f"rank {rank}: {type(error).__name__}: {error} (more in logs/rank{rank}.log)", file=sys.stderr)
+        print(f"rank {rank}: {type(error).__name__}: {error} (more in {run_dir}/logs/rank{rank}.log)", file=sys.stderr)
         return 1
     return 0
 
@@ -50,11 +51,17 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     """One run, from its spec to its last checkpoint, on every rank: all that the loop needs is made here."""
     import torch
 
-    from dsllm.checkpoint.resume import check_same_run, check_world_size, choose_checkpoint, load_checkpoint
+    from dsllm.checkpoint.resume import (
+        check_same_data,
+        check_same_run,
+        check_world_size,
+        choose_checkpoint,
+        load_checkpoint,
+    )
     from dsllm.checkpoint.save import save_checkpoint
     from dsllm.ds_config import build_ds_config
     from dsllm.engine import evaluation, guards, inputs, metrics, ranks, schedule
-    from dsllm.engine.run_folder import RunFolder, describe_run, log_to
+    from dsllm.engine.run_folder import RunFolder, describe_run, log_to, make_passport
     from dsllm.engine.start import start_engine
     from dsllm.engine.trainer import train
     from dsllm.plan.batch import resolve_batch
@@ -62,31 +69,40 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     from dsllm.plan.search import choose_micro_batch
     from dsllm.spec.derived import train_steps
 
-    folder = RunFolder(run_dir)
-    checkpoint = choose_checkpoint(resume, folder.checkpoints)
+    # Who is here, and where the run stands.
     world = ranks.join()
+    folder = RunFolder(run_dir)
     log_to(folder.logs, world.rank)
     stop = guards.StopRequest()
+    checkpoint = ranks.on_rank_0(lambda: choose_checkpoint(resume, folder.checkpoints))
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
-        check_same_run(spec, checkpoint)
-        check_world_size(checkpoint, world.size)
+        ranks.on_rank_0(lambda: check_same_run(spec, checkpoint))
+        ranks.on_rank_0(lambda: check_world_size(checkpoint, world.size))
+
+    # What is to be done, on what.
     micro_batch_size = choose_micro_batch(spec, world.size, ranks.memory_bytes(world))
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
     ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size)
     data = inputs.ready_data(spec, folder)
-    if world.rank == 0:
-        describe_run(folder, spec, ds_config, world.size, data)
+    passport = ranks.on_rank_0(lambda: make_passport(spec, world.size, data))
+    if checkpoint is not None:
+        ranks.on_rank_0(lambda: check_same_data(checkpoint, passport))
 
+    # Model, state and data, at the same step.
     engine = start_engine(spec, ds_config)
     torch.manual_seed(spec.seed + world.rank)  # for dropout: weights and data have generators of their own
-    first_step = load_checkpoint(engine, checkpoint) if checkpoint is not None else 0
-    validation = inputs.open_validation(data, spec, batch, world)
+    with ranks.on_its_own(world):
+        first_step = load_checkpoint(engine, checkpoint) if checkpoint is not None else 0
+        micro_batches = inputs.open_training(data, spec, batch, world, first_step)
+        validation = inputs.open_validation(data, spec, batch, world)
+    ranks.on_rank_0(lambda: describe_run(folder, spec, ds_config, passport))
+
     with metrics.open_recorder(spec, folder, batch, world, first_step, steps) as record:
         done = train(
             engine,
-            inputs.open_training(data, spec, batch, world, first_step),
+            micro_batches,
             first_step=first_step,
             train_steps=steps,
             evaluation_interval=spec.evaluation.interval,
@@ -103,15 +119,16 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
             check=functools.partial(guards.check_loss, untrained_loss=guards.untrained_loss(model_shape(spec), spec)),
             stop=stop,
         )
-    if done < steps and stop.signal is not None:
-        logger.info(
-            "stopped by %s after step %d of %d; saved: the same command goes on from there",
-            stop.signal.name,
-            done,
-            steps,
-        )
+    if done < steps:
+        asked = stop.signal.name if stop.signal else "a signal to another rank"
+        logger.info("stopped by %s after step %d of %d; saved: the same command goes on from there", asked, done, steps)
     else:
         logger.info("trained to step %d of %d; the run is in %s", done, steps, folder.path)
+
+
+def _wants_tracebacks() -> bool:
+    """Whether `dsllm --debug` or the environment asks for them, in the logs."""
+    return bool(os.environ.get("DSLLM_DEBUG"))
 
 
 def _parse_arguments() -> argparse.Namespace:

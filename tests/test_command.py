@@ -57,43 +57,43 @@ def test_without_a_gpu_the_cpu_runs_two_ranks_or_as_many_as_asked_for() -> None:
 
 
 def test_the_slots_of_a_hostfile_make_the_world() -> None:
-    topology = hostfile_topology("hosts", EIGHTS, None, None, on_cpu=False)
+    topology = hostfile_topology("hosts", EIGHTS, None, None, gpus=8)
     assert topology.world_size == 16
     assert launch_command(topology, 29500, [])[1:5] == ["--hostfile", "hosts", "--num_nodes", "2"]
     assert "--num_gpus" not in launch_command(topology, 29500, [])
 
 
 def test_fewer_nodes_and_fewer_ranks_can_be_asked_for() -> None:
-    topology = hostfile_topology("hosts", [*EIGHTS, Host("c", 8)], 2, 4, on_cpu=False)
+    topology = hostfile_topology("hosts", [*EIGHTS, Host("c", 8)], 2, 4, gpus=8)
     assert topology.world_size == 8
     assert launch_command(topology, 29500, [])[1:7] == ["--hostfile", "hosts", "--num_nodes", "2", "--num_gpus", "4"]
 
 
 def test_a_single_host_that_is_another_machine_is_not_run_here() -> None:
-    topology = hostfile_topology("hosts", EIGHTS, 1, None, on_cpu=False)
+    topology = hostfile_topology("hosts", EIGHTS, 1, None, gpus=8)
     assert launch_command(topology, 29500, [])[1:6] == ["--hostfile", "hosts", "--num_nodes", "1", "--force_multi"]
 
 
 def test_a_single_host_that_is_this_machine_needs_no_ssh() -> None:
-    topology = hostfile_topology("hosts", [Host("localhost", 8)], None, None, on_cpu=False)
+    topology = hostfile_topology("hosts", [Host("localhost", 8)], None, None, gpus=8)
     assert launch_command(topology, 29500, [])[1:3] == ["--num_gpus", "8"]
 
 
 def test_more_nodes_than_the_hostfile_lists_are_refused() -> None:
     with pytest.raises(UserError, match="--num-nodes: given 3; hosts lists 2 hosts"):
-        hostfile_topology("hosts", EIGHTS, 3, None, on_cpu=False)
+        hostfile_topology("hosts", EIGHTS, 3, None, gpus=8)
 
 
 def test_more_ranks_than_slots_are_refused() -> None:
     with pytest.raises(UserError, match="--num-gpus: given 9; host 'a' of hosts has 8 slots; ask for 8 or fewer"):
-        hostfile_topology("hosts", EIGHTS, None, 9, on_cpu=False)
+        hostfile_topology("hosts", EIGHTS, None, 9, gpus=8)
 
 
 def test_hosts_with_different_slots_need_a_number() -> None:
     uneven = [Host("a", 8), Host("b", 4)]
     with pytest.raises(UserError, match=r"different slots \(a 8, b 4\) need one number of ranks; add --num-gpus 4"):
-        hostfile_topology("hosts", uneven, None, None, on_cpu=False)
-    assert hostfile_topology("hosts", uneven, None, 4, on_cpu=False).world_size == 8
+        hostfile_topology("hosts", uneven, None, None, gpus=8)
+    assert hostfile_topology("hosts", uneven, None, 4, gpus=8).world_size == 8
 
 
 def test_train_arguments_leave_defaults_out_and_keep_the_order_of_overrides() -> None:

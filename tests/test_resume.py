@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from dsllm.checkpoint.layout import read_latest, step_folder, step_folders, write_latest
-from dsllm.checkpoint.resume import check_same_run, check_world_size, choose_checkpoint
+from dsllm.checkpoint.layout import (
+    complete_folders,
+    mark_complete,
+    read_latest,
+    step_folder,
+    step_folders,
+    write_latest,
+)
+from dsllm.checkpoint.resume import check_same_data, check_same_run, check_world_size, choose_checkpoint
+from dsllm.checkpoint.save import remove_old
 from dsllm.errors import UserError
 from dsllm.spec.load import dump_spec, load_spec
 
@@ -18,8 +27,7 @@ def run(tmp_path: Path) -> Path:
     for step in (10, 2):
         folder = step_folder(tmp_path / "checkpoints", step)
         folder.mkdir(parents=True)
-        for rank in range(2):
-            (folder / f"random_states_rank{rank}.pt").touch()
+        mark_complete(folder, step, world_size=2)
     write_latest(tmp_path / "checkpoints", step_folder(tmp_path / "checkpoints", 10))
     (tmp_path / "spec.yaml").write_text(dump_spec(load_spec("quickstart")))
     return tmp_path
@@ -45,7 +53,7 @@ def test_never_starts_afresh_only_in_a_folder_without_checkpoints(run: Path, tmp
 
 def test_latest_missing_beside_checkpoints_is_no_fresh_start(run: Path) -> None:
     (run / "checkpoints" / "latest").unlink()
-    with pytest.raises(UserError, match="no file `latest` beside global_step2, global_step10"):
+    with pytest.raises(UserError, match="there is no file named latest; there are global_step2, global_step10"):
         choose_checkpoint("auto", run / "checkpoints")
 
 
@@ -56,7 +64,7 @@ def test_latest_naming_a_folder_that_is_gone_names_those_that_are_there(run: Pat
 
 
 def test_checkpoints_are_ordered_by_step_not_by_name(run: Path) -> None:
-    assert [folder.name for folder in step_folders(run / "checkpoints")] == ["global_step2", "global_step10"]
+    assert [folder.name for folder in complete_folders(run / "checkpoints")] == ["global_step2", "global_step10"]
 
 
 def test_another_number_of_ranks_is_refused_with_both_numbers(run: Path) -> None:
@@ -73,7 +81,8 @@ def test_another_number_of_ranks_is_refused_with_both_numbers(run: Path) -> None
         ("model.num_layers=5", r"differs in model.num_layers \(was 4, now 5\)"),
         ("batch.global_batch_size=32", "batch.global_batch_size"),
         ("data.sources=[{kind: text, path: x}]", "data.sources.0.kind"),
-        ("zero.stage=3", r"written with another zero.stage \(was 2, now 3\): DeepSpeed reads its states back only as"),
+        ("zero.stage=3", r"written with another zero.stage \(was 2, now 3\): DeepSpeed restores its states as they"),
+        ("optimizer.weight_decay=0.2", r"written with another optimizer.weight_decay \(was 0.1, now 0.2\)"),
     ],
 )
 def test_what_makes_another_run_is_refused_with_both_values(run: Path, override: str, message: str) -> None:
@@ -88,3 +97,29 @@ def test_other_changes_are_told_and_accepted(run: Path, override: str, caplog: p
     with caplog.at_level("INFO", logger="dsllm"):
         check_same_run(load_spec("quickstart", [override]), run / "checkpoints" / "global_step10")
     assert f"changed since the checkpoint: {override.split('=')[0]}" in caplog.text
+
+
+def test_a_save_that_was_killed_is_no_checkpoint(run: Path) -> None:
+    step_folder(run / "checkpoints", 20).mkdir()
+    assert choose_checkpoint("auto", run / "checkpoints") == run / "checkpoints" / "global_step10"
+    with pytest.raises(UserError, match="global_step20: no checkpoint there"):
+        choose_checkpoint(str(run / "checkpoints" / "global_step20"), Path("elsewhere"))
+
+
+def test_old_checkpoints_go_and_unfinished_ones_never_take_their_place(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    step_folder(checkpoints, 15).mkdir()  # a save that was killed
+    for step in (12, 30):  # 30 is of a run that this one was turned back from
+        step_folder(checkpoints, step).mkdir()
+        mark_complete(step_folder(checkpoints, step), step, world_size=2)
+    remove_old(checkpoints, step_folder(checkpoints, 12), keep_last=2)
+    assert [folder.name for folder in step_folders(checkpoints)] == ["global_step10", "global_step12", "global_step30"]
+
+
+def test_other_tokens_than_the_run_has_seen_are_refused_with_both_hashes(run: Path) -> None:
+    checkpoint = run / "checkpoints" / "global_step10"
+    passport = {"tokenizer_hash": "a" * 64, "data_hash": "b" * 64}
+    (run / "passport.json").write_text(json.dumps(passport))
+    check_same_data(checkpoint, passport)
+    with pytest.raises(UserError, match=r"the prepared tokens changed since \(was bbbbbbbbbbbb…, now cccccccccccc…\)"):
+        check_same_data(checkpoint, passport | {"data_hash": "c" * 64})

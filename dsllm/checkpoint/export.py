@@ -14,7 +14,7 @@ from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoin
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dsllm.checkpoint.layout import step_of
-from dsllm.checkpoint.resume import choose_checkpoint
+from dsllm.checkpoint.resume import checkpoint_at
 from dsllm.checkpoint.safe_load import weights_only
 from dsllm.errors import CheckpointError, UserError
 from dsllm.model.build import DTYPES, build_model, model_config
@@ -36,7 +36,7 @@ def export_run(run: Path, output: Path, precision: Precision | None = None) -> i
     Raises UserError for a run without checkpoints or an `output` that holds something, CheckpointError where what was
     written does not give the same logits when it is read back; then nothing stays in `output`.
     """
-    if output.exists() and any(output.iterdir()):
+    if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"{output}: not empty; choose another folder for the exported model, or empty it")
     checkpoint, spec = find_run(run)
     model = load_trained(checkpoint, spec, DTYPES[precision or spec.training.precision])
@@ -66,8 +66,7 @@ def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def find_run(run: Path) -> tuple[Path, Spec]:
     """The checkpoint folder and the spec of a run. Raises UserError where there is none."""
-    checkpoint = choose_checkpoint(str(run), run)
-    assert checkpoint is not None, "a path always gives a checkpoint or raises"
+    checkpoint = checkpoint_at(run)
     return checkpoint, load_spec(str(checkpoint.parent.parent / "spec.yaml"))
 
 
@@ -114,7 +113,10 @@ def _compare_logits(model: PreTrainedModel, folder: Path) -> None:
     length = min(PROBE_TOKENS, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
-    difference = (model(ids).logits - again(ids).logits).abs().max().item()
-    if difference > 0.0:
+    logits = model(ids).logits
+    if not logits.isfinite().all():
+        raise CheckpointError(f"{folder}: the trained model's logits are not finite; export an earlier checkpoint")
+    difference = (logits - again(ids).logits).abs().max().item()
+    if difference != 0.0:
         raise CheckpointError(f"{folder}: logits differ by {difference:.3g} after reading it back; nothing was kept")
     logger.info("%s: read back, %d logits are the same", folder, ids.numel() * model.config.vocab_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as distributed
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 
-from dsllm.checkpoint.layout import random_state_file, read_latest, step_folders, step_of
+from dsllm.checkpoint.layout import complete_folders, random_state_file, read_latest, world_size_of
 from dsllm.checkpoint.safe_load import weights_only
 from dsllm.errors import CheckpointError, UserError
 from dsllm.spec.load import load_spec
@@ -21,13 +22,17 @@ logger = logging.getLogger(__name__)
 
 SAME_RUN = ("seed", "model", "tokenizer", "data.sources", "data.validation_fraction", "batch", "training.precision")
 """Fields that a run cannot change half-way: with another value it would be another run."""
-SAME_LAYOUT = (
+AS_WRITTEN = (
     "zero.stage",
     "zero.offload_optimizer",
     "zero.offload_param",
     "training.gradient_accumulation_precision",
+    "optimizer.betas",
+    "optimizer.epsilon",
+    "optimizer.weight_decay",
+    "optimizer.gradient_clipping",
 )
-"""Fields that decide how DeepSpeed lays its states out in files: it reads them back only as they were written."""
+"""Fields that DeepSpeed's files fix: how states lie in them, and what it restores from them whatever the spec says."""
 FREE = ("batch.micro_batch_size", "model.attention")
 """Exceptions within them: they change how the same numbers are computed."""
 
@@ -41,13 +46,13 @@ def choose_checkpoint(resume: str, checkpoints: Path) -> Path | None:
     if resume == "auto":
         return read_latest(checkpoints)
     if resume == "never":
-        if step_folders(checkpoints):
+        if complete := complete_folders(checkpoints):
             raise UserError(
-                f"--resume never: {checkpoints} holds {step_folders(checkpoints)[-1].name} of an earlier run; choose "
+                f"--resume never: {checkpoints} holds {complete[-1].name} of an earlier run; choose "
                 "another --run-dir, or delete that folder"
             )
         return None
-    return _checkpoint_at(Path(resume))
+    return checkpoint_at(Path(resume))
 
 
 def check_same_run(spec: Spec, checkpoint: Path) -> None:
@@ -56,11 +61,11 @@ def check_same_run(spec: Spec, checkpoint: Path) -> None:
     if not path.is_file():
         return
     differences = spec_differences(load_spec(str(path)), spec)
-    unreadable = [line for field, line in differences if _is_under(field, SAME_LAYOUT)]
-    if unreadable:
+    fixed = [line for field, line in differences if _is_under(field, AS_WRITTEN)]
+    if fixed:
         raise UserError(
-            f"{checkpoint}: written with another {'; '.join(unreadable)}: DeepSpeed reads its states back only as they "
-            "were written; set it back"
+            f"{checkpoint}: written with another {'; '.join(fixed)}: DeepSpeed restores its states as they were "
+            "written; set it back"
         )
     refused = [line for field, line in differences if _is_under(field, SAME_RUN) and not _is_under(field, FREE)]
     if refused:
@@ -85,9 +90,23 @@ def spec_differences(earlier: Spec, now: Spec) -> list[tuple[str, str]]:
 
 def check_world_size(folder: Path, world_size: int) -> None:
     """Raises UserError where a checkpoint was written by another number of ranks: DeepSpeed cannot read it then."""
-    written = len(list(folder.glob("random_states_rank*.pt")))
+    written = world_size_of(folder)
     if written != world_size:
         raise UserError(f"{folder}: written by {written} rank(s), given {world_size}; start the run with {written}")
+
+
+def check_same_data(checkpoint: Path, passport: dict[str, Any]) -> None:
+    """Raises UserError where tokens or tokenizer are not those that the run has trained on so far."""
+    path = checkpoint.parent.parent / "passport.json"
+    if not path.is_file():
+        return
+    earlier = json.loads(path.read_text())
+    for name, what in (("tokenizer_hash", "tokenizer"), ("data_hash", "prepared tokens")):
+        if earlier[name] != passport[name]:
+            raise UserError(
+                f"{checkpoint}: the {what} changed since (was {earlier[name][:12]}…, now {passport[name][:12]}…); bring"
+                " the old data.directory back, or start a run with another --run-dir"
+            )
 
 
 def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> int:
@@ -108,14 +127,14 @@ def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> int:
     return int(client_state["dsllm"]["step"])
 
 
-def _checkpoint_at(path: Path) -> Path:
-    if path.name.startswith("global_step") and path.is_dir():
-        step_of(path)
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint of a run folder, of its `checkpoints`, or a step folder itself. Raises UserError without one."""
+    if path in complete_folders(path.parent):
         return path
     for checkpoints in (path, path / "checkpoints"):
         if checkpoints.is_dir() and (folder := read_latest(checkpoints)) is not None:
             return folder
-    raise UserError(f"--resume {path}: no checkpoint there; give a run, its checkpoints, or a global_step<N> folder")
+    raise UserError(f"{path}: no checkpoint there; give a run, its checkpoints, or a global_step<N> folder")
 
 
 def _set_random_states(states: dict[str, torch.Tensor]) -> None:

@@ -16,7 +16,16 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-from dsllm.checkpoint.layout import random_state_file, step_folder, step_folders, write_latest
+from dsllm.checkpoint.layout import (
+    complete_folders,
+    mark_complete,
+    random_state_file,
+    step_folder,
+    step_folders,
+    step_of,
+    unmark,
+    write_latest,
+)
 from dsllm.engine.ranks import gather_texts
 from dsllm.errors import CheckpointError
 
@@ -39,8 +48,9 @@ def save_checkpoint(engine: DeepSpeedEngine, checkpoints: Path, step: int, keep_
     writer.save(random_states(), str(random_state_file(folder, distributed.get_rank())))
     _agree(writer, folder)
     if distributed.get_rank() == 0:
+        mark_complete(folder, step, distributed.get_world_size())
         write_latest(checkpoints, folder)
-        _remove_old(checkpoints, folder, keep_last)
+        remove_old(checkpoints, folder, keep_last)
     distributed.barrier()
     logger.info("saved %s", folder)
 
@@ -93,6 +103,7 @@ def _deepspeed_writes_through(writer: ForgivingCheckpointEngine, engine: DeepSpe
 def _make_folder(folder: Path, writer: ForgivingCheckpointEngine) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        unmark(folder)
     except OSError as error:
         writer.fault = f"{folder}: {_reason(error)}"
 
@@ -119,8 +130,14 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _remove_old(checkpoints: Path, newest: Path, keep_last: int) -> None:
-    """Delete all but the `keep_last` newest, never the one just completed."""
-    for folder in step_folders(checkpoints)[:-keep_last]:
-        if folder != newest:
+def remove_old(checkpoints: Path, newest: Path, keep_last: int) -> None:
+    """Delete all but the `keep_last` newest up to `newest`, and what a killed save left unfinished.
+
+    Later ones belong to a run that this one was turned back from; they stay until it comes to their steps.
+    """
+    complete = complete_folders(checkpoints)
+    kept = [folder for folder in complete if step_of(folder) <= step_of(newest)][-keep_last:]
+    for folder in step_folders(checkpoints):
+        is_old = folder in complete and step_of(folder) <= step_of(newest)
+        if folder not in kept and (is_old or folder not in complete):
             shutil.rmtree(folder, ignore_errors=True)

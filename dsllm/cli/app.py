@@ -68,6 +68,11 @@ def main() -> None:
             raise
         print(f"dsllm: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(f"dsllm: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

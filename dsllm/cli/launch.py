@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from dsllm.cli.options import Overrides, SpecArgument
+from dsllm.cli.options import Overrides
 
 if TYPE_CHECKING:
     from dsllm.launch.command import Topology
@@ -19,7 +19,14 @@ app = typer.Typer(rich_markup_mode=None)
 
 @app.command(epilog="Example: dsllm launch 1b --hostfile hostfiles/two-node --set zero.stage=3")
 def launch(
-    spec: SpecArgument,
+    spec: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="SPEC", help="A spec file, or the name of a preset.", show_default=False),
+    ] = None,
+    spec_option: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--spec", metavar="SPEC", help="The same, as dsllm/train.py has it."),
+    ] = None,
     num_gpus: Annotated[
         Optional[int],  # noqa: UP045 - evaluated at run time, also by Python 3.10
         typer.Option("--num-gpus", min=1, help="Ranks on each host; every GPU when absent, 2 where there is none."),
@@ -49,6 +56,7 @@ def launch(
     from dsllm.plan.batch import micro_batch_choices, resolve_batch
     from dsllm.spec.load import load_spec
 
+    spec = _one_spec(spec, spec_option)
     loaded = load_spec(spec, overrides or ())
     _check_resume(resume)
     topology = _topology(hostfile, num_nodes, num_gpus)
@@ -69,10 +77,19 @@ def _topology(hostfile: str | None, num_nodes: int | None, num_gpus: int | None)
     from dsllm.launch.hostfile import read_hostfile
 
     if hostfile is not None:
-        return hostfile_topology(hostfile, read_hostfile(hostfile), num_nodes, num_gpus, on_cpu=count_gpus() == 0)
+        return hostfile_topology(hostfile, read_hostfile(hostfile), num_nodes, num_gpus, gpus=count_gpus())
     if num_nodes not in (None, 1):
         raise UserError(f"--num-nodes: given {num_nodes} without a hostfile; add --hostfile, which names the hosts")
     return local_topology(num_gpus, count_gpus())
+
+
+def _one_spec(argument: str | None, option: str | None) -> str:
+    from dsllm.errors import UserError
+
+    given = [spec for spec in (argument, option) if spec is not None]
+    if len(given) != 1:
+        raise UserError(f"launch: given {len(given)} specs; name one, as in dsllm launch quickstart")
+    return given[0]
 
 
 def _check_resume(resume: str) -> None:

@@ -12,7 +12,8 @@ def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its global_step<N> folders.")],
     output: Annotated[Path, typer.Argument(help="Folder to write: safetensors, config and tokenizer.")],
     precision: Annotated[
-        Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="Type of the weights; as trained when absent.")
+        Literal["bf16", "fp16", "fp32"] | None,
+        typer.Option(help="Type to write the weights in; the training's when absent."),
     ] = None,
 ) -> None:
     """Write a run's latest checkpoint as a plain Hugging Face folder, read it back and compare.

@@ -64,10 +64,18 @@ def check_loss(step: int, loss: float, untrained_loss: float) -> None:
         )
 
 
-def warn_of_skipped_step(step: int, was_skipped: bool) -> None:
-    """Say what DeepSpeed leaves unsaid: gradients were not finite, and the weights stay as they were."""
+def check_gradients(step: int, grad_norm: float, was_skipped: bool) -> None:
+    """Say what DeepSpeed leaves unsaid where gradients are not finite: it skips the step, or spoils the weights.
+
+    Raises TrainingError for the latter, before such weights are saved.
+    """
     if was_skipped:
         logger.warning("step %d: skipped, because a gradient was not finite; the weights did not change", step)
+    elif not math.isfinite(grad_norm):
+        raise TrainingError(
+            f"step {step}: the norm of the gradients is {grad_norm}; the run stops before it saves spoiled weights; "
+            "resume with a lower optimizer.learning_rate or a longer schedule.warmup_steps"
+        )
 
 
 def untrained_loss(shape: ModelShape, spec: Spec) -> float:

@@ -62,7 +62,7 @@ class Recorder:
 
 def peak_memory_bytes() -> int:
     """Largest memory so far: what torch's allocator held on a GPU, the resident set of the process on the CPU."""
-    if torch.cuda.is_available():
+    if ranks.device_type() == "cuda":
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
 
@@ -143,13 +143,14 @@ def wandb_sink(logs: Path, run_name: str, settings: Wandb) -> Sink:
             dir=str(logs),
             mode=_wandb_mode(settings),
         )
+        run.define_metric("*", step_metric="step")  # wandb's own counter cannot go back, as a resume does
     except Exception as error:
         logger.warning("Weights & Biases is off: %s", error)
         return lambda record: None
 
     def write(record: Record) -> None:
         try:
-            run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+            run.log(record)
         except Exception as error:
             logger.warning("Weights & Biases lost step %d: %s", record["step"], error)
 

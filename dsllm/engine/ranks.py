@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import deepspeed
 import torch
 import torch.distributed as distributed
 from deepspeed.accelerator import get_accelerator
+
+from dsllm.errors import DsllmError, UserError
 
 T = TypeVar("T")
 
@@ -31,7 +34,10 @@ def join() -> World:
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
-    if device_type() == "cpu":
+    if device_type() == "cuda":
+        # DeepSpeed chooses the device only with the engine, and the first words between ranks come before that.
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    else:
         # Serves DeepSpeed's inference only, and is compiled at the first start: no compiler is needed without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(get_accelerator().communication_backend_name())
@@ -82,17 +88,33 @@ def gather_texts(text: str | None) -> list[str | None]:
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, on every rank. Its error is raised on all of them; nobody waits for ever."""
-    outcome: list[object] = [None]
+    """What `work` returns on rank 0, on every rank. Where it raises, every rank raises, so that none waits for it."""
+    outcome: list[Any] = [None]
     if distributed.get_rank() == 0:
         try:
-            outcome = [work()]
+            outcome = [(work(), None, 0)]
         except Exception as error:
-            outcome = [error]
+            outcome = [(None, str(error), getattr(error, "exit_code", 1))]
+            distributed.broadcast_object_list(outcome)
+            raise
     distributed.broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]  # type: ignore[return-value]
+    value, fault, exit_code = outcome[0]
+    if fault is not None:
+        raise UserError(fault) if exit_code == UserError.exit_code else DsllmError(fault)
+    return cast(T, value)
+
+
+@contextlib.contextmanager
+def on_its_own(world: World) -> Iterator[None]:
+    """Within, a fault may meet this rank alone: its message says which rank, and is shown whichever it is."""
+    try:
+        yield
+    except DsllmError as error:
+        if world.rank == 0:
+            raise
+        error.args = (f"rank {world.rank}: {error}",)
+        error.is_shown_by_every_rank = True
+        raise
 
 
 def _free_port() -> int:

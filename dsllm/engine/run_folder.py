@@ -32,14 +32,14 @@ class RunFolder:
         self.logs = path / "logs"
 
 
-def describe_run(folder: RunFolder, spec: Spec, ds_config: dict[str, Any], world_size: int, data: Path) -> None:
-    """Write the spec, DeepSpeed's JSON and the passport of a run on the prepared `data`. Rank 0 only."""
+def describe_run(folder: RunFolder, spec: Spec, ds_config: dict[str, Any], passport: dict[str, Any]) -> None:
+    """Write the spec, DeepSpeed's JSON and the passport. Rank 0 only."""
     _write(folder.spec, dump_spec(spec))
     _write(folder.ds_config, json.dumps(ds_config, indent=2) + "\n")
-    _write(folder.passport, json.dumps(_passport(spec, world_size, data), indent=2) + "\n")
+    _write(folder.passport, json.dumps(passport, indent=2) + "\n")
 
 
-def _passport(spec: Spec, world_size: int, data: Path) -> dict[str, Any]:
+def make_passport(spec: Spec, world_size: int, data: Path) -> dict[str, Any]:
     """What a run was made with: enough to compare two runs, nothing of the environment, which may hold keys."""
     return {
         "dsllm": __version__,
@@ -63,6 +63,7 @@ def log_to(folder: Path, rank: int) -> None:
     screen.addFilter(lambda entry: rank == 0 and entry.name.startswith("dsllm") and getattr(entry, "on_screen", True))
     logging.basicConfig(level=logging.INFO, handlers=[file, screen], force=True)
     logging.captureWarnings(True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # its lines hold whole addresses, signatures included
     for library in ("DeepSpeed", "transformers"):  # they print by themselves unless told to leave it to the root
         logging.getLogger(library).handlers.clear()
         logging.getLogger(library).propagate = True

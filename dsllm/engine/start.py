@@ -9,6 +9,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 
 from dsllm.engine.optimizer import own_optimizer, parameter_groups
+from dsllm.engine.ranks import device_type
 from dsllm.errors import UserError
 from dsllm.model.build import (
     DTYPES,
@@ -18,7 +19,7 @@ from dsllm.model.build import (
     model_config,
 )
 from dsllm.model.initialize import initialize_weights
-from dsllm.model.loss import TrainingModel, fused_loss_is_available
+from dsllm.model.loss import Implementation, TrainingModel, fused_loss_is_installed
 from dsllm.spec.sections import Precision, Spec
 
 CHECKPOINTED_BLOCKS = {"selective": 2, "full": 1}
@@ -46,11 +47,11 @@ def start_engine(spec: Spec, ds_config: dict[str, Any]) -> DeepSpeedEngine:
     return engine
 
 
-def loss_implementation(spec: Spec) -> Any:
+def loss_implementation(spec: Spec) -> Implementation:
     """`auto` is fused where liger-kernel can run."""
     if spec.training.loss != "auto":
         return spec.training.loss
-    return "fused" if fused_loss_is_available() else "chunked"
+    return "fused" if device_type() == "cuda" and fused_loss_is_installed() else "chunked"
 
 
 def check_precision(precision: Precision) -> None:

@@ -41,8 +41,8 @@ def train(
         skipped = engine.skipped_steps
         metrics = train_step(engine, micro_batches, stop)
         done = step + 1
-        guards.warn_of_skipped_step(done, engine.skipped_steps > skipped)
         check(done, metrics["loss"])
+        guards.check_gradients(done, metrics["grad_norm"], engine.skipped_steps > skipped)
         if done == 1 or done == train_steps or done % evaluation_interval == 0:
             metrics["val_loss"] = evaluate()
         record({"step": done, "lr": rate, **metrics})

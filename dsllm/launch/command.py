@@ -71,9 +71,11 @@ def local_topology(num_gpus: int | None, gpus: int) -> Topology:
 
 
 def hostfile_topology(
-    hostfile: str, hosts: Sequence[Host], num_nodes: int | None, num_gpus: int | None, on_cpu: bool
+    hostfile: str, hosts: Sequence[Host], num_nodes: int | None, num_gpus: int | None, gpus: int
 ) -> Topology:
     """The hosts of a hostfile, the first `num_nodes` of them, each with `num_gpus` ranks or as many as it has slots.
+
+    `gpus` is what this machine has: the others are taken to be alike.
 
     Raises UserError where hosts or slots are fewer than asked for, or differ: DeepSpeed checks neither.
     """
@@ -84,14 +86,14 @@ def hostfile_topology(
     used = list(hosts[:num_nodes])
     ranks = _ranks_per_host(hostfile, used, num_gpus)
     if len(used) == 1 and is_this_machine(used[0].name):
-        return Topology(ranks_per_host=ranks, on_cpu=on_cpu)  # needs no ssh to itself
+        return local_topology(ranks, gpus)  # needs no ssh to itself
     return Topology(
         ranks_per_host=ranks,
         num_hosts=len(used),
         hostfile=hostfile,
         limits_slots=num_gpus is not None,
         is_remote=len(used) == 1,
-        on_cpu=on_cpu,
+        on_cpu=gpus == 0,
     )
 
 

@@ -15,7 +15,8 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run `command` with additions to the environment until it ends. Returns its exit status as a shell would.
 
     A Ctrl-C or SIGTERM goes to the ranks, which finish their step, save and end with 0. DeepSpeed's launcher would
-    die of it and leave them behind, or kill them after 30 seconds; in a session of its own it never sees it.
+    die of it and leave them behind, or kill them after 30 seconds; in a session of its own it never sees it. On several
+    hosts the ranks are not below it: there it gets the signal, and gives them those 30 seconds.
     """
     launchers: list[subprocess.Popen[bytes]] = []
 
@@ -48,12 +49,12 @@ def _hand_on(launcher: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def _ranks_below(launcher: int) -> list[int]:
-    """Processes that DeepSpeed has given a rank."""
+    """Processes that DeepSpeed has given a rank, without what those have started themselves."""
     import psutil  # comes with DeepSpeed
 
     ranks = []
     for child in psutil.Process(launcher).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if "RANK" in child.environ():
+            if "RANK" in child.environ() and child.ppid() not in ranks:
                 ranks.append(child.pid)
     return ranks
