@@ -37,11 +37,11 @@ class StopRequest:
         return torch.tensor(float(self.signal is not None), device=device)
 
     def _ask(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.signal is None:
             self.signal = signal.Signals(number)
             logger.warning("%s: finishing this step, then saving; Ctrl-C again ends at once", self.signal.name)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def check_loss(step: int, loss: float, untrained_loss: float) -> None:
