@@ -9,8 +9,6 @@ class DsllmError(Exception):
     """A fault that stopped dsllm: the message says what happened and what to do about it."""
 
     exit_code = 1
-    is_shown_by_every_rank = False
-    """In training: whether each rank prints it, or rank 0 for all, because all ranks have the same."""
 
 
 class UserError(DsllmError):

@@ -37,7 +37,7 @@ def main() -> int:
         run_training(spec, run_dir, arguments.resume)
     except DsllmError as error:
         logger.error("%s", error, exc_info=_wants_tracebacks(), extra={"on_screen": False})
-        if rank == 0 or error.is_shown_by_every_rank:
+        if rank == 0:  # what stops a run is known to all ranks
             print(error, file=sys.stderr)
         return error.exit_code
     except Exception as error:
@@ -93,7 +93,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     # Model, state and data, at the same step.
     engine = start_engine(spec, ds_config)
     torch.manual_seed(spec.seed + world.rank)  # for dropout: weights and data have generators of their own
-    with ranks.on_its_own(world):
+    with ranks.together():
         first_step = load_checkpoint(engine, checkpoint) if checkpoint is not None else 0
         micro_batches = inputs.open_training(data, spec, batch, world, first_step)
         validation = inputs.open_validation(data, spec, batch, world)

@@ -100,21 +100,29 @@ def on_rank_0(work: Callable[[], T]) -> T:
     distributed.broadcast_object_list(outcome)
     value, fault, exit_code = outcome[0]
     if fault is not None:
-        raise UserError(fault) if exit_code == UserError.exit_code else DsllmError(fault)
+        raise _from_another_rank(fault, exit_code)
     return cast(T, value)
 
 
 @contextlib.contextmanager
-def on_its_own(world: World) -> Iterator[None]:
-    """Within, a fault may meet this rank alone: its message says which rank, and is shown whichever it is."""
+def together() -> Iterator[None]:
+    """Within, a fault may meet one rank alone; at the end all ranks learn of it, and all raise."""
+    fault: Exception | None = None
     try:
         yield
-    except DsllmError as error:
-        if world.rank == 0:
-            raise
-        error.args = (f"rank {world.rank}: {error}",)
-        error.is_shown_by_every_rank = True
-        raise
+    except Exception as error:
+        fault = error
+    faults: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(faults, fault and (str(fault), getattr(fault, "exit_code", 1)))
+    if fault is not None:
+        raise fault
+    for rank, other in enumerate(faults):
+        if other is not None:
+            raise _from_another_rank(f"rank {rank}: {other[0]}", other[1])
+
+
+def _from_another_rank(message: str, exit_code: int) -> DsllmError:
+    return UserError(message) if exit_code == UserError.exit_code else DsllmError(message)
 
 
 def _free_port() -> int:
