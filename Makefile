@@ -31,12 +31,12 @@ demo: setup ## Train a small model on two ranks, export it, let it write Python
 	$(BIN)/dsllm export $(DEMO_RUN) $(DEMO_EXPORT)
 	$(BIN)/dsllm generate $(DEMO_RUN) --prompt "def main("
 
-# Tests that start ranks share one worker, so that they never compete for the cores with each other.
+# By file, because a file's tests share starts of DeepSpeed.
 test: setup ## Run all tests but the slow ones, as CI does
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: setup ## Run every test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup ## Check style, format and the light half's types
 	$(BIN)/ruff check .
