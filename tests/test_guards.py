@@ -29,8 +29,8 @@ from dsllm.engine.guards import StopRequest
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 stop = StopRequest()
-print("ready", float(stop.as_tensor(torch.device("cpu"))), flush=True)
 try:
+    print("ready", float(stop.as_tensor(torch.device("cpu"))), flush=True)
     while sys.stdin.readline() != "end\\n":
         print(stop.signal and stop.signal.name, float(stop.as_tensor(torch.device("cpu"))), flush=True)
 except KeyboardInterrupt:
