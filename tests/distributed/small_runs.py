@@ -10,6 +10,7 @@ import torch
 
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Spec
+from tests.distributed.reference import ReferenceRun, train_reference
 
 GLOBAL_BATCH_SIZE = 8
 SEQUENCE_LENGTH = 32
@@ -85,6 +86,26 @@ def run_case(family: str, stage: int, accumulation: int, steps: int, overrides: 
         norms.append(metrics["grad_norm"])
     engine.destroy()
     return {"losses": losses, "norms": norms, "digest": digest}
+
+
+def reference_run(family: str, steps: int, overrides: tuple[str, ...] = ()) -> ReferenceRun:
+    """The same training as a plain PyTorch loop, in this process."""
+    from dsllm.model.build import build_model, model_config
+    from dsllm.model.initialize import initialize_weights
+
+    spec = small_spec(family, 0, *overrides)
+    model = build_model(model_config(spec), torch.float32)
+    initialize_weights(model, spec.seed)
+    return train_reference(
+        model,
+        global_batches(steps),
+        learning_rate=warm_up,
+        betas=spec.optimizer.betas,
+        epsilon=spec.optimizer.epsilon,
+        weight_decay=spec.optimizer.weight_decay,
+        gradient_clipping=spec.optimizer.gradient_clipping,
+        micro_batch_size=4,
+    )
 
 
 def weights_digest(module: torch.nn.Module) -> str:

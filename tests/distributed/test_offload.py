@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dsllm.model.build import build_model, model_config
-from dsllm.model.initialize import initialize_weights
 from tests.distributed.harness import run_python_ranks
-from tests.distributed.reference import train_reference
-from tests.distributed.small_runs import global_batches, small_spec, warm_up
+from tests.distributed.small_runs import reference_run
 
 # The first start compiles DeepSpeed's operators, a minute each.
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -77,16 +73,4 @@ def losses_of(cases: list[dict[str, Any]], num_ranks: int) -> list[list[float]]:
 
 @functools.cache
 def reference_losses(overrides: tuple[str, ...] = ()) -> list[float]:
-    spec = small_spec("gpt2", 0, *overrides)
-    model = build_model(model_config(spec), torch.float32)
-    initialize_weights(model, spec.seed)
-    return train_reference(
-        model,
-        global_batches(STEPS),
-        learning_rate=warm_up,
-        betas=spec.optimizer.betas,
-        epsilon=spec.optimizer.epsilon,
-        weight_decay=spec.optimizer.weight_decay,
-        gradient_clipping=spec.optimizer.gradient_clipping,
-        micro_batch_size=4,
-    ).losses
+    return reference_run("gpt2", STEPS, overrides).losses

@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from dsllm.model.build import build_model, model_config
-from dsllm.model.initialize import initialize_weights
 from tests.distributed.harness import run_python_ranks
-from tests.distributed.reference import ReferenceRun, train_reference
-from tests.distributed.small_runs import global_batches, small_spec, warm_up
+from tests.distributed.reference import ReferenceRun
+from tests.distributed.small_runs import reference_run
 
 pytestmark = pytest.mark.distributed
 
@@ -46,26 +43,8 @@ def outcomes(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def references() -> dict[tuple[str, tuple[str, ...]], ReferenceRun]:
     """The plain loop, once for each model that the cases train."""
-    untied = ("model.tie_word_embeddings=false",)
-    return {
-        (family, extra): reference(family, extra) for family, extra in (("gpt2", ()), ("llama", ()), ("llama", untied))
-    }
-
-
-def reference(family: str, overrides: tuple[str, ...]) -> ReferenceRun:
-    spec = small_spec(family, 0, *overrides)
-    model = build_model(model_config(spec), torch.float32)
-    initialize_weights(model, spec.seed)
-    return train_reference(
-        model,
-        global_batches(STEPS),
-        learning_rate=warm_up,
-        betas=spec.optimizer.betas,
-        epsilon=spec.optimizer.epsilon,
-        weight_decay=spec.optimizer.weight_decay,
-        gradient_clipping=spec.optimizer.gradient_clipping,
-        micro_batch_size=4,
-    )
+    models = (("gpt2", ()), ("llama", ()), ("llama", ("model.tie_word_embeddings=false",)))
+    return {(family, overrides): reference_run(family, STEPS, overrides) for family, overrides in models}
 
 
 def test_fp32_losses_and_norms_equal_the_plain_loop_at_every_stage(outcomes, references) -> None:
