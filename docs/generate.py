@@ -1,4 +1,5 @@
-"""Writes what is generated: docs/spec.md, docs/cli.md, and in README.md the presets and the outputs of light commands.
+"""Writes what is generated: docs/spec.md, docs/cli.md, in README.md the presets and the outputs of light commands, and
+in README.md and docs/planning.md the known runs.
 
 python docs/generate.py
 
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import typer
 
 from dsllm.cli.app import app
+from dsllm.plan.known_runs import KNOWN_RUNS
 from dsllm.plan.model_shape import model_shape
 from dsllm.spec.load import load_spec, preset_names
 from dsllm.spec.schema import describe, spec_schema
@@ -28,7 +30,7 @@ from dsllm.units import format_count
 
 ROOT = Path(__file__).resolve().parents[1]
 HELP_COLUMNS = 100
-LIGHT_COMMANDS = ("validate", "schema", "presets", "config", "estimate-memory")
+LIGHT_COMMANDS = ("validate", "schema", "presets", "config", "estimate-memory", "plan")
 NOTE = "<!-- written by docs/generate.py: do not edit -->"
 
 
@@ -50,6 +52,7 @@ class Example(NamedTuple):
 _FLAGS = re.MULTILINE | re.DOTALL
 _EXAMPLE = re.compile(r"^```bash\n(?P<command>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", _FLAGS)
 _FILE = re.compile(r"^```yaml\n# (?P<name>\S+\.yaml)\n(?P<text>.*?)^```\n", _FLAGS)
+_KNOWN_RUNS = re.compile(r"(?<=<!-- known runs -->\n).*?(?=<!-- end of known runs -->)", re.DOTALL)
 _PRESETS = re.compile(r"(?<=<!-- presets -->\n).*?(?=<!-- end of presets -->)", re.DOTALL)
 
 
@@ -99,9 +102,33 @@ def presets_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def known_runs_table() -> str:
+    """Published runs as Markdown: what dsllm predicts beside what was reported."""
+    rows = ["| run | on | reported | predicted | |", "|---|---|---:|---:|---:|"]
+    for known in KNOWN_RUNS:
+        low, high = (_figure(value) for value in known.reported)
+        reported = low if low == high else f"{low} to {high}"
+        rows.append(
+            f"| [{known.name}]({known.source}) | {known.num_gpus} x {known.gpu} | {reported} {known.quantity} | "
+            f"{_figure(known.predict())} | {known.error():+.0%} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _figure(value: float) -> str:
+    """Three digits or, of thousands, whole ones."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def planning() -> str:
+    """docs/planning.md with the known runs as they are predicted now."""
+    return _KNOWN_RUNS.sub(known_runs_table(), (ROOT / "docs/planning.md").read_text())
+
+
 def readme() -> str:
-    """The README with its presets and the outputs of its light commands as they are now."""
+    """The README with its presets, the known runs and the outputs of its light commands as they are now."""
     text = _PRESETS.sub(presets_table(), (ROOT / "README.md").read_text())
+    text = _KNOWN_RUNS.sub(known_runs_table(), text)
 
     def with_output(match: re.Match[str]) -> str:
         example = Example(match["command"].strip(), match["output"])
@@ -190,7 +217,12 @@ def _default(value: Any) -> str:
 
 def generated_files() -> dict[str, str]:
     """The text of every generated file, by its path in the checkout."""
-    return {"README.md": readme(), "docs/cli.md": cli_reference(), "docs/spec.md": spec_reference()}
+    return {
+        "README.md": readme(),
+        "docs/cli.md": cli_reference(),
+        "docs/planning.md": planning(),
+        "docs/spec.md": spec_reference(),
+    }
 
 
 if __name__ == "__main__":

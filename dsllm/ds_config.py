@@ -10,16 +10,15 @@ from typing import Any, Literal
 
 from dsllm.plan.batch import BatchPlan, resolve_batch
 from dsllm.plan.buckets import (
-    BUCKET_ELEMENTS,
-    PERSISTENT_VECTORS,
+    gather_bucket_elements,
     live_elements,
+    persistence_threshold_elements,
     reduce_bucket_elements,
     sub_group_elements,
 )
-from dsllm.plan.model_shape import ModelShape, model_shape
-from dsllm.plan.precision import accumulation_precision
-from dsllm.spec.sections import Spec, Zero
-from dsllm.units import round_up
+from dsllm.plan.model_shape import ModelShape
+from dsllm.plan.workload import Workload, ZeroSettings, workload
+from dsllm.spec.sections import Spec
 
 Device = Literal["cuda", "cpu"]
 
@@ -33,16 +32,17 @@ def build_ds_config(
     not divide.
     """
     batch = resolve_batch(spec.batch, world_size, micro_batch_size)
+    run = workload(spec)
     return {
         **_batch_keys(batch),
-        **_precision_keys(spec),
+        **_precision_keys(spec, run),
         "gradient_clipping": spec.optimizer.gradient_clipping,
         "managed_gradient_accumulation": True,
         "gradient_allreduce_op": "mean",
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "optimizer": _optimizer(spec),
-        "zero_optimization": _zero_optimization(spec.zero, model_shape(spec), device),
+        "zero_optimization": _zero_optimization(run.zero, run.shape, spec.zero.nvme_path, device),
         "zero_allow_untested_optimizer": False,
         "zero_force_ds_cpu_optimizer": True,
         "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False},
@@ -61,7 +61,7 @@ def _batch_keys(batch: BatchPlan) -> dict[str, int]:
     }
 
 
-def _precision_keys(spec: Spec) -> dict[str, Any]:
+def _precision_keys(spec: Spec, run: Workload) -> dict[str, Any]:
     training = spec.training
     return {
         "bf16": {"enabled": training.precision == "bf16", "check_grad_overflow": True},
@@ -74,7 +74,7 @@ def _precision_keys(spec: Spec) -> dict[str, Any]:
             "min_loss_scale": 1,
         },
         # No buffer needs DeepSpeed's care: model/build.py keeps the rotary tables in fp32.
-        "data_types": {"grad_accum_dtype": accumulation_precision(spec), "keep_in_fp32_modules": []},
+        "data_types": {"grad_accum_dtype": run.accumulation_precision, "keep_in_fp32_modules": []},
         # What each micro-batch's gradients are reduced in before they are added up; at stage 1 in bf16, the sum.
         "communication_data_type": training.precision,
     }
@@ -97,58 +97,58 @@ def _optimizer(spec: Spec) -> dict[str, Any]:
     return {"type": "AdamW", "params": params}
 
 
-def _zero_optimization(zero: Zero, shape: ModelShape, device: Device) -> dict[str, Any]:
+def _zero_optimization(
+    zero: ZeroSettings, shape: ModelShape, nvme_path: str | None, device: Device
+) -> dict[str, Any]:
     if zero.stage == 0:
         return {"stage": 0}
-    bucket = reduce_bucket_elements(zero, shape)
     keys: dict[str, Any] = {
         "stage": zero.stage,
-        "overlap_comm": zero.stage == 3 if zero.overlap_comm == "auto" else zero.overlap_comm,
+        "overlap_comm": zero.overlaps,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "reduce_bucket_size": bucket,
+        "reduce_bucket_size": reduce_bucket_elements(zero, shape),
         "round_robin_gradients": False,
         "ignore_unused_parameters": True,
     }
     if zero.stage < 3:
         keys["compute_grad_norm"] = True
         keys["allgather_partitions"] = True
-        keys["allgather_bucket_size"] = zero.gather_bucket_elements or round_up(bucket, 2)  # asserted to be even
+        keys["allgather_bucket_size"] = gather_bucket_elements(zero, shape)
     else:
         keys |= _stage_3_keys(zero, shape)
-    return keys | _offload_keys(zero, shape, device)
+    return keys | _offload_keys(zero, shape, nvme_path, device)
 
 
-def _stage_3_keys(zero: Zero, shape: ModelShape) -> dict[str, Any]:
+def _stage_3_keys(zero: ZeroSettings, shape: ModelShape) -> dict[str, Any]:
     live = live_elements(zero, shape)
-    persistent = zero.persistence_threshold_elements
-    if persistent is None:
-        persistent = PERSISTENT_VECTORS * shape.hidden_size
     return {
         "sub_group_size": sub_group_elements(shape),
-        "stage3_prefetch_bucket_size": zero.gather_bucket_elements or min(BUCKET_ELEMENTS, shape.parameters_per_layer),
-        "stage3_param_persistence_threshold": persistent,
+        "stage3_prefetch_bucket_size": gather_bucket_elements(zero, shape),
+        "stage3_param_persistence_threshold": persistence_threshold_elements(zero, shape),
         "stage3_max_live_parameters": live,
         "stage3_max_reuse_distance": live,
         "stage3_gather_16bit_weights_on_model_save": False,
     }
 
 
-def _offload_keys(zero: Zero, shape: ModelShape, device: Device) -> dict[str, Any]:
+def _offload_keys(
+    zero: ZeroSettings, shape: ModelShape, nvme_path: str | None, device: Device
+) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     pin_memory = device == "cuda"  # speeds up copies to a GPU; on the CPU there are none
     if zero.offload_optimizer != "none":
         keys["offload_optimizer"] = {"device": zero.offload_optimizer, "pin_memory": pin_memory}
         if zero.offload_optimizer == "nvme":
             # parameter, gradient and two moments of a tile (DeepSpeedZeroOffloadOptimizerConfig.buffer_count)
-            keys["offload_optimizer"] |= {"nvme_path": zero.nvme_path, "buffer_count": 4}
+            keys["offload_optimizer"] |= {"nvme_path": nvme_path, "buffer_count": 4}
     if zero.offload_param != "none":
         keys["offload_param"] = {"device": zero.offload_param, "pin_memory": pin_memory}
         if zero.offload_param == "nvme":
             # A buffer holds the largest parameter; five are in flight. DeepSpeed would keep 1e9 elements a rank in host
             # memory, which is all of most models.
             keys["offload_param"] |= {
-                "nvme_path": zero.nvme_path,
+                "nvme_path": nvme_path,
                 "max_in_cpu": 0,
                 "buffer_count": 5,
                 "buffer_size": max(shape.embedding_parameters, shape.parameters_per_layer),

@@ -67,6 +67,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     from dsllm.plan.batch import resolve_batch
     from dsllm.plan.model_shape import model_shape
     from dsllm.plan.search import choose_micro_batch
+    from dsllm.plan.workload import workload
     from dsllm.spec.derived import train_steps
 
     # Who is here, and where the run stands.
@@ -81,7 +82,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
         ranks.on_rank_0(lambda: check_world_size(checkpoint, world.size))
 
     # What is to be done, on what.
-    micro_batch_size = choose_micro_batch(spec, world.size, ranks.memory_bytes(world))
+    micro_batch_size = choose_micro_batch(workload(spec), world.size, ranks.memory_bytes(world))
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
     ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size)

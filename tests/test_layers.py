@@ -111,6 +111,8 @@ LIGHT_COMMANDS = [
     ["config", "1b", "--world-size", "16"],
     ["estimate-memory", "--params", "1e9", "--zero", "3"],
     ["estimate-memory", "--spec", "1b", "--gpus", "8", "--json"],
+    ["plan", "1b", "--gpu", "a100-40gb", "--gpus", "8"],
+    ["plan", "--params", "1e9", "--deadline-hours", "24"],
     ["launch", "quickstart", "--dry-run"],
     ["data", "--help"],
     ["data", "prepare", "--help"],

@@ -62,6 +62,6 @@ def test_auto_without_a_choice_is_refused() -> None:
 
 
 def test_choices_divide_the_share_of_a_rank() -> None:
-    assert micro_batch_choices(batch(24, "auto"), 2) == [1, 2, 3, 4, 6, 12]
+    assert micro_batch_choices(24, 2) == [1, 2, 3, 4, 6, 12]
     with pytest.raises(UserError, match="try global_batch_size 20 or 25, or 4 or 6 ranks"):
-        micro_batch_choices(batch(24, "auto"), 5)
+        micro_batch_choices(24, 5)

@@ -13,13 +13,15 @@ from typing import Annotated
 import typer
 
 from dsllm import __version__
-from dsllm.cli import data, launch, models, plan, spec
+from dsllm.cli import calibrate, data, estimate, launch, models, plan, spec
+from dsllm.cli.plain import PlainGroup
 from dsllm.errors import DsllmError
 
 DEBUG_VARIABLE = "DSLLM_DEBUG"
 
 app = typer.Typer(
     name="dsllm",
+    cls=PlainGroup,
     epilog="Example: dsllm validate quickstart",
     no_args_is_help=True,
     add_completion=False,
@@ -53,7 +55,9 @@ trained.command()(models.generate)
 
 # in the order in which a user meets them
 app.add_typer(spec.app)
+app.add_typer(estimate.app)
 app.add_typer(plan.app)
+app.add_typer(calibrate.app)
 app.add_typer(data.app, name="data", epilog="Example: dsllm data prepare quickstart")
 app.add_typer(launch.app)
 app.add_typer(trained)

@@ -61,7 +61,7 @@ def launch(
     _check_resume(resume)
     topology = _topology(hostfile, num_nodes, num_gpus)
     if loaded.batch.micro_batch_size == "auto":
-        micro_batch_choices(loaded.batch, topology.world_size)
+        micro_batch_choices(loaded.batch.global_batch_size, topology.world_size)
     else:
         resolve_batch(loaded.batch, topology.world_size)
     command = launch_command(topology, master_port, train_arguments(spec, run_dir, resume, overrides or ()))

@@ -1,125 +1,249 @@
-"""Commands that predict: estimate-memory."""
+"""The command that plans: what fits given hardware, how long it takes, what it costs; or which hardware to rent."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Optional
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from dsllm.cli.options import AsJson, Overrides
+from dsllm.cli.plain import PlainCommand, whole_number
 
 if TYPE_CHECKING:
-    from dsllm.plan.memory import MemoryEstimate
+    from dsllm.plan.hardware import Gpu
+    from dsllm.plan.pace import Calibration
+    from dsllm.plan.work import Kernels
+    from dsllm.plan.workload import Workload
     from dsllm.spec.sections import Spec
 
 app = typer.Typer(rich_markup_mode=None)
 
+HARDWARE_VARIABLE = "DSLLM_HARDWARE"
+DEFAULT_GPUS, GPUS_UNDER_A_LIMIT = "8", "1-1024"
 
-@app.command(epilog="Example: dsllm estimate-memory --spec 1b --gpus 8    or: --params 1e9 --zero 3")
-def estimate_memory(
-    parameters: Annotated[
-        Optional[str],  # noqa: UP045 - evaluated at run time, also by Python 3.10
-        typer.Option("--params", metavar="N", help="Parameters, as 1e9 or 350M; a typical shape is assumed."),
-    ] = None,
+
+@app.command(cls=PlainCommand, epilog="Example: dsllm plan 1b --gpu a100-40gb --gpus 8 --price-per-hour 8.80")
+def plan(
     spec: Annotated[
+        Optional[str],  # noqa: UP045 - evaluated at run time, also by Python 3.10
+        typer.Argument(
+            metavar="SPEC", help="A spec file or the name of a preset; or give --params.", show_default=False
+        ),
+    ] = None,
+    parameters: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--spec", metavar="SPEC", help="A spec file or the name of a preset: exact shapes."),
-    ] = None,
-    zero: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--zero", min=0, max=3, help="ZeRO stage; all of them when absent.", show_default=False),
-    ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Ranks in all.")] = 1,
-    micro_batch_size: Annotated[
-        Optional[int],  # noqa: UP045
         typer.Option(
-            "--micro-batch-size",
-            min=1,
-            help="Sequences per GPU per forward; the spec's own when absent, or 1 where it says auto.",
+            "--params", metavar="N", help="Parameters, as 1e9 or 350M: a typical shape on 20 tokens a parameter."
+        ),
+    ] = None,
+    gpu: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--gpu", metavar="NAME", help="GPU, as a100-40gb; every known one when absent.", show_default=False
+        ),
+    ] = None,
+    gpus: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--gpus",
+            metavar="N",
+            help="Ranks in all: a number, a list as 8,16, or a range as 1-4096 for the powers of two in it; 8 when "
+            "absent, 1-1024 with a budget or deadline.",
+            show_default=False,
+        ),
+    ] = None,
+    gpus_per_node: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--gpus-per-node", metavar="N", help="GPUs of one machine; the catalogue's when absent.", show_default=False
+        ),
+    ] = None,
+    price_per_hour: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--price-per-hour", metavar="X", help="Dollars for one machine with all its GPUs.", show_default=False
+        ),
+    ] = None,
+    budget_dollars: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--budget-dollars", metavar="X", help="Only what costs no more.", show_default=False),
+    ] = None,
+    deadline_hours: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--deadline-hours", metavar="X", help="Only what takes no longer, the cheapest first.", show_default=False
+        ),
+    ] = None,
+    hardware: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--hardware",
+            metavar="FILE",
+            help=f"Your own devices and prices; {HARDWARE_VARIABLE} does the same.",
+            show_default=False,
+        ),
+    ] = None,
+    calibrate_from: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--calibrate-from",
+            metavar="RUN",
+            help="A run whose measured steps replace assumptions.",
             show_default=False,
         ),
     ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Predict the memory of each GPU, term by term, and which GPUs it fits."""
-    from dsllm.plan import memory
-    from dsllm.plan.search import at_stage
+    """Search stages, micro-batches, checkpointing and offload: what fits, how long it takes, what it costs.
 
-    run, count = _run(parameters, spec, overrides or [])
-    own = run.batch.micro_batch_size
-    micro = micro_batch_size or (1 if own == "auto" else own)
-    stages = range(4) if zero is None else [zero]
-    estimates = [memory.estimate_memory(at_stage(run, stage), gpus, micro, count) for stage in stages]
-    if as_json:
-        documents = [estimate.as_dict() for estimate in estimates]
-        typer.echo(json.dumps(documents if zero is None else documents[0], indent=2))
+    Without --gpu, or with several numbers of GPUs, a budget or a deadline: which GPUs to rent.
+    """
+    from dsllm.cli.plan_report import report_comparison, report_one
+    from dsllm.plan.cost import Machine
+    from dsllm.plan.search import Conditions
+
+    price = _positive("--price-per-hour", price_per_hour)
+    limits = _positive("--budget-dollars", budget_dollars), _positive("--deadline-hours", deadline_hours)
+    node = whole_number("--gpus-per-node", gpus_per_node, "GPUs in a machine") if gpus_per_node else None
+    known = _catalogue(hardware)
+    run, kernels, evaluated, checkpoints = _run(spec, parameters, overrides or [])
+    calibration = _calibration(Path(calibrate_from), gpu, known) if calibrate_from else None
+    conditions = Conditions(kernels, calibration.pace if calibration else 1.0, price, evaluated)
+    has_limit = limits != (None, None)
+    counts = rank_counts(gpus or (GPUS_UNDER_A_LIMIT if has_limit else DEFAULT_GPUS))
+    machines = [Machine.of(one, count, node) for one in _devices(gpu, known) for count in counts]
+    if len(machines) == 1 and not has_limit:
+        report_one(run, machines[0], conditions, calibration, checkpoints, as_json)
     else:
-        _print(run, estimates, micro)
+        report_comparison(run, machines, conditions, calibration, limits, as_json)
 
 
-def _run(parameters: str | None, spec: str | None, overrides: list[str]) -> tuple[Spec, int | None]:
-    """The run to predict, and the number of parameters where only that is given."""
+# --- what is given ----------------------------------------------------------------------------------------------------
+
+
+def rank_counts(text: str) -> list[int]:
+    """`8`, `8,16`, or `1-4096`: the powers of two in that range. Raises UserError for anything else."""
     from dsllm.errors import UserError
-    from dsllm.plan.typical import typical_spec
-    from dsllm.spec.load import load_spec
+
+    counts: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            low, high = int(first), int(last if dash else first)
+        except ValueError:
+            low = high = 0
+        powers = [2**power for power in range(25) if low <= 2**power <= high]
+        found = powers if dash else [low]
+        if low < 1 or not found:
+            raise UserError(f"--gpus: given '{text}'; must be a number from 1, a list as 8,16, or a range as 1-4096")
+        counts |= set(found)
+    return sorted(counts)
+
+
+def _positive(option: str, text: str | None) -> float | None:
+    """A number above 0, None where the option is absent. Raises UserError, naming the option."""
+    from dsllm.errors import UserError
+
+    try:
+        number = None if text is None else float(text)
+    except ValueError:
+        number = 0.0
+    if number is not None and not 0 < number < float("inf"):
+        raise UserError(f"{option}: given '{text}'; must be a number above 0; for example {option} 10")
+    return number
+
+
+def _catalogue(hardware: str | None) -> tuple[Gpu, ...]:
+    from dsllm.plan.hardware import catalogue, with_user_file
+
+    path = hardware or os.environ.get(HARDWARE_VARIABLE)
+    return with_user_file(Path(path)) if path else catalogue()
+
+
+def _devices(gpu: str | None, known: Sequence[Gpu]) -> list[Gpu]:
+    from dsllm.plan.hardware import gpu_named
+
+    return [gpu_named(gpu, known)] if gpu else [one for one in known if not one.is_cpu]
+
+
+def _run(spec: str | None, parameters: str | None, overrides: list[str]) -> tuple[Workload, Kernels, float, int | None]:
+    """The run, its kernels, what it evaluates in global batches, and the checkpoints that its spec keeps."""
+    from dsllm.errors import UserError
 
     if (parameters is None) == (spec is None):
-        raise UserError("estimate-memory: give one of --params and --spec; for example --params 1e9, or --spec 1b")
-    if spec is not None:
-        return load_spec(spec, overrides), None
-    if overrides:
-        raise UserError("--set: nothing to override without --spec; give --spec, or remove --set")
-    assert parameters is not None
-    count = _count(parameters)
-    return typical_spec(count), count
+        raise UserError("plan: give one of SPEC and --params; for example dsllm plan 1b, or dsllm plan --params 1e9")
+    if spec is None:
+        from dsllm.cli.estimate import _count
+        from dsllm.plan.typical import typical_run
+
+        if overrides:
+            raise UserError("--set: nothing to override without SPEC; give SPEC, or remove --set")
+        assert parameters is not None
+        return typical_run(_count(parameters)), "eager", 0.0, None
+    from dsllm.plan.workload import workload
+    from dsllm.spec.load import load_spec
+
+    loaded = load_spec(spec, overrides)
+    evaluated = loaded.evaluation.batches * (2 + loaded.train_steps / loaded.evaluation.interval)
+    return workload(loaded), _kernels(loaded), evaluated, loaded.checkpoint.keep_last
 
 
-def _count(text: str) -> int:
-    """`1e9`, `350M` or `1.3B` as a number of parameters."""
+def _kernels(spec: Spec) -> Kernels:
+    return "fused" if spec.training.compile else "eager"
+
+
+def _calibration(folder: Path, gpu: str | None, known: Sequence[Gpu]) -> Calibration:
+    """What the measured steps of a run folder say of the assumptions."""
+    from dsllm.plan.cost import Machine
+    from dsllm.plan.pace import calibrate, measured_step_seconds
+    from dsllm.plan.workload import workload
+    from dsllm.spec.load import load_spec
+
+    lines = _read(folder / "metrics.jsonl").splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run leaves half a line
+    device = _entry(folder / "passport.json", "device", None)
+    world_size = _entry(folder / "passport.json", "world_size")
+    micro_batch_size = _entry(folder / "ds_config.json", "train_micro_batch_size_per_gpu")
+    spec = load_spec(str(folder / "spec.yaml"))
+    machine = Machine.of(_measured_device(folder, device, gpu, known), world_size)
+    measured = measured_step_seconds(records, str(folder / "metrics.jsonl"))
+    return calibrate(workload(spec), machine, micro_batch_size, _kernels(spec), measured)
+
+
+def _entry(path: Path, *key_and_default: Any) -> Any:
+    """An entry of a JSON file of a run. Raises UserError where it is not there and has no default."""
+    from dsllm.errors import UserError
+    from dsllm.spec.yaml_text import parse_json
+
+    document, key = parse_json(_read(path), str(path)), key_and_default[0]
+    if key in document or len(key_and_default) > 1:
+        return document.get(*key_and_default)
+    raise UserError(f"--calibrate-from: {path}: no entry '{key}'; give a folder that dsllm trained in")
+
+
+def _read(path: Path) -> str:
     from dsllm.errors import UserError
 
-    scale = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}.get(text[-1:].lower(), 1.0)
     try:
-        count = float(text if scale == 1.0 else text[:-1]) * scale
-        if not 1e4 <= count <= 1e13:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--params: given '{text}'; must be a number from 1e4 to 1e13, as 1e9, 350M or 1.3B") from None
-    return round(count)
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--calibrate-from: {path}: {error.strerror}; give a run folder, as runs/quickstart") from error
 
 
-def _print(run: Spec, estimates: list[MemoryEstimate], micro_batch_size: int) -> None:
-    from dsllm.cli.tables import print_table
-    from dsllm.plan.model_shape import model_shape
-    from dsllm.units import GIB, format_bytes, format_count
+def _measured_device(folder: Path, device: str | None, gpu: str | None, known: Sequence[Gpu]) -> Gpu:
+    """What a run was measured on, by its passport; else what --gpu says."""
+    from dsllm.errors import UserError
+    from dsllm.plan.hardware import gpu_named, gpu_of_device
 
-    shape, first = model_shape(run), estimates[0]
-    typer.echo(
-        f"{format_count(first.parameters)} parameters: {shape.num_layers} layers x {shape.hidden_size}, "
-        f"{shape.num_attention_heads} heads, {shape.vocab_size:,} tokens ({shape.family}); "
-        f"{micro_batch_size} x {run.batch.sequence_length} tokens a forward, {run.training.precision}, "
-        f"activation checkpointing {run.training.activation_checkpointing}; {first.world_size} GPU"
-        + ("s" if first.world_size > 1 else "")
-    )
-    names = [name.removesuffix("_bytes") for name in first.as_dict()["per_gpu"] if name != "total_bytes"]
-    print_table(
-        ["ZeRO stage", *names, "peak GiB", "in", "host GiB"],
-        [
-            (
-                str(estimate.zero_stage),
-                *(f"{getattr(estimate.peak, f'{name}_bytes') / GIB:.2f}" for name in names),
-                f"{estimate.peak.total_bytes / GIB:.2f}",
-                estimate.peak_phase,
-                f"{estimate.host_bytes / GIB:.2f}",
-            )
-            for estimate in estimates
-        ],
-    )
-    for estimate in estimates:
-        fitting = [name for name, fits in estimate.as_dict()["fits"].items() if fits]
-        typer.echo(
-            f"stage {estimate.zero_stage}: {format_bytes(estimate.peak.total_bytes)} on each GPU; "
-            f"fits {', '.join(fitting) if fitting else 'none of the known GPUs'}"
+    found = gpu_of_device(device, known) if device else None
+    if found is None and gpu is None:
+        raise UserError(
+            f"--calibrate-from: {folder} ran on {device or 'a device that its passport does not name'}, which is not "
+            "in the catalogue; name its like with --gpu, or describe it in a --hardware file"
         )
+    return found or gpu_named(str(gpu), known)

@@ -82,10 +82,11 @@ def config(
     from dsllm.ds_config import build_ds_config
     from dsllm.plan.hardware import gpu_named
     from dsllm.plan.search import choose_micro_batch
+    from dsllm.plan.workload import workload
     from dsllm.spec.load import load_spec
 
     loaded = load_spec(spec, overrides or ())
-    micro_batch_size = choose_micro_batch(loaded, world_size, gpu_named(gpu).memory_bytes)
+    micro_batch_size = choose_micro_batch(workload(loaded), world_size, gpu_named(gpu).memory_bytes)
     typer.echo(json.dumps(build_ds_config(loaded, world_size, device, micro_batch_size), indent=2))
 
 

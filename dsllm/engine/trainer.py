@@ -10,6 +10,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from dsllm.engine import guards, ranks
+from dsllm.engine.memory_meter import MemoryMeter
 
 Record = dict[str, Any]
 MicroBatches = Iterator[dict[str, torch.Tensor]]
@@ -29,6 +30,7 @@ def train(
     record: Callable[[Record], None],
     check: Callable[[int, float], None],
     stop: guards.StopRequest,
+    memory: MemoryMeter,
 ) -> int:
     """Run the steps from `first_step` to `train_steps`, or until `stop`; the state is saved when this returns.
 
@@ -39,7 +41,7 @@ def train(
         rate = learning_rate(step)
         set_learning_rate(engine, rate)
         skipped = engine.skipped_steps
-        metrics = train_step(engine, micro_batches, stop)
+        metrics = train_step(engine, micro_batches, stop, memory)
         done = step + 1
         check(done, metrics["loss"])
         guards.check_gradients(done, metrics["grad_norm"], engine.skipped_steps > skipped)
@@ -53,7 +55,9 @@ def train(
     return done
 
 
-def train_step(engine: DeepSpeedEngine, micro_batches: MicroBatches, stop: guards.StopRequest) -> Record:
+def train_step(
+    engine: DeepSpeedEngine, micro_batches: MicroBatches, stop: guards.StopRequest, memory: MemoryMeter
+) -> Record:
     """One optimizer update: forward and backward for each micro-batch; DeepSpeed accumulates, reduces, clips, steps.
 
     Returns the mean loss over all ranks, the gradients' norm before clipping, and the seconds taken.
@@ -64,11 +68,14 @@ def train_step(engine: DeepSpeedEngine, micro_batches: MicroBatches, stop: guard
     micro_steps = engine.gradient_accumulation_steps()
     for _ in range(micro_steps):
         batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(micro_batches).items()}
-        loss = engine(**batch)
-        engine.backward(loss)
+        with memory.phase("forward"):
+            loss = engine(**batch)
+        with memory.phase("backward"):
+            engine.backward(loss)
         total_loss += loss.detach()
         norm = unscaled_gradient_norm(engine)
-        engine.step()
+        with memory.phase("step"):
+            engine.step()
     loss, stopping = ranks.mean_over_ranks(torch.stack([total_loss / micro_steps, stop.as_tensor(device)])).tolist()
     stop.agreed = stopping > 0
     grad_norm = float(engine.get_global_grad_norm() if norm is None else norm)

@@ -14,7 +14,7 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers import PreTrainedModel
 
-from dsllm.plan.activations import CHUNK_LOGITS_BYTES
+from dsllm.plan.activations import CHUNK_LOGITS_BYTES, PRODUCT_BYTES
 
 IGNORED_LABEL = -100
 Implementation = Literal["chunked", "fused", "plain"]
@@ -95,14 +95,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_gradient = torch.empty_like(hidden) if wants_gradients else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if wants_gradients else None
         for piece in _pieces(len(hidden), weight.shape[0]):
-            logits = functional.linear(hidden[piece], weight).float()
-            log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
-            total += _negative_log_likelihood(log_probabilities, labels[piece], counted[piece])
-            if wants_gradients:
-                # Gradients of the *sum*, of order 1: divided by the number of tokens they would underflow in fp16.
-                gradient = _logits_gradient(log_probabilities, labels[piece], counted[piece]).to(weight.dtype)
-                torch.mm(gradient, weight, out=hidden_gradient[piece])
-                weight_gradient += gradient.t() @ hidden[piece]
+            # In a function of its own, so that the logits of one piece are gone before the next makes its own.
+            total += _piece_loss(
+                hidden[piece],
+                weight,
+                labels[piece],
+                counted[piece],
+                hidden_gradient[piece] if wants_gradients else None,
+                weight_gradient,
+            )
         num_counted = counted.sum().clamp(min=1)
         if wants_gradients:
             # Held until backward has passed: in bf16 half the bytes do. fp16 has not the range for a sum over tokens.
@@ -119,12 +120,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return hidden_gradient, (weight_gradient * scale).to(ctx.weight_dtype), None, None
 
 
+def _piece_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    hidden_gradient: torch.Tensor | None,
+    weight_gradient: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sum of the loss over a piece of the tokens; its gradients are written and added where they are wanted."""
+    logits = functional.linear(hidden, weight).float()
+    log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
+    loss = _negative_log_likelihood(log_probabilities, labels, counted)
+    if hidden_gradient is not None and weight_gradient is not None:
+        # Gradients of the *sum*, of order 1: divided by the number of tokens they would underflow in fp16.
+        gradient = _logits_gradient(log_probabilities, labels, counted).to(weight.dtype)
+        torch.mm(gradient, weight, out=hidden_gradient)
+        _add_outer_product(weight_gradient, gradient, hidden)
+    return loss
+
+
 def _pieces(num_tokens: int, vocab_size: int) -> list[slice]:
     """Even pieces of the tokens whose fp32 logits stay under CHUNK_LOGITS_BYTES; a token at least."""
     largest = max(1, CHUNK_LOGITS_BYTES // (4 * vocab_size))
     num_pieces = -(-num_tokens // largest)
     size = -(-num_tokens // num_pieces)
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
+
+
+def _add_outer_product(weight_gradient: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+    """`weight_gradient += gradient.t() @ hidden`, some rows at a time, so that no second copy of the matrix exists.
+
+    Shapes (vocabulary, hidden_size), (tokens, vocabulary) and (tokens, hidden_size); the sum is fp32.
+    """
+    rows = max(1, PRODUCT_BYTES // (hidden.element_size() * hidden.shape[1]))
+    for first in range(0, len(weight_gradient), rows):
+        sums, columns = weight_gradient[first : first + rows], gradient[:, first : first + rows]
+        if sums.dtype == hidden.dtype:
+            sums.addmm_(columns.t(), hidden)
+        else:
+            sums.add_(columns.t() @ hidden)
 
 
 def _negative_log_likelihood(

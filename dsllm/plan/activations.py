@@ -7,23 +7,74 @@ either family with scaled-dot-product attention.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from dsllm.plan.model_shape import ModelShape
-from dsllm.plan.precision import ELEMENT_BYTES
-from dsllm.spec.sections import Spec
+from dsllm.plan.workload import Workload
 from dsllm.units import MIB
+
+Device = Literal["cuda", "cpu"]
 
 CHUNK_LOGITS_BYTES = 64 * MIB
 """fp32 logits that the chunked loss holds at a time: enough to keep matrix kernels busy, little beside activations."""
+
+PRODUCT_BYTES = 32 * MIB
+"""Rows of the output projection's gradient, in 16 bits, that the chunked loss adds to the fp32 sum at a time."""
 
 STATISTIC_BYTES = 4
 """Of a norm's statistics or of a row's log-sum-exp."""
 
 
-def layer_bytes_per_token(spec: Spec, shape: ModelShape) -> int:
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch on one rank, weights and their gradients left out.
+
+    By arithmetic here; by tracing the real model in model/trace.py.
+    """
+
+    saved_bytes: int
+    """Held for backward at the end of forward, the loss left out."""
+    loss_forward_bytes: int
+    """Beside `saved_bytes` while the loss is computed, at most."""
+    loss_backward_bytes: int
+    """Beside `saved_bytes` while the loss's backward runs, at most, the gradient of the head's weights among it."""
+    block_backward_bytes: int
+    """Beside `saved_bytes` in the backward of the last block, at most: what is computed again, and gradients of
+    activations."""
+    first_block_bytes: int
+    """Left of everything above in the backward of the first block, at most, when the others are done."""
+
+
+def activations(run: Workload, micro_batch_size: int, device: Device) -> Activations:
+    """Of `micro_batch_size` sequences.
+
+    A checkpointed block keeps only its input; while backward computes one again, its activations live beside those of
+    the others.
+    """
+    tokens = micro_batch_size * run.sequence_length
+    block, boundary = block_bytes_per_token(run, device), run.element_bytes * run.shape.hidden_size
+    every = {"none": None, "selective": 2, "full": 1}[run.activation_checkpointing]
+    checkpointed = -(-run.shape.num_layers // every) if every else 0
+    kept = (run.shape.num_layers - checkpointed) * block + checkpointed * boundary
+    final_norm = _norm_bytes_per_token(run) - boundary  # its output is the loss's input, and counted there
+    # The last block is checkpointed unless it is the second of a pair; the gradient of the final norm is done by then.
+    again = _recomputed_bytes_per_token(run, block) if every else 0
+    loss_forward, loss_backward = _loss_bytes(run, tokens, device)
+    return Activations(
+        saved_bytes=tokens * (kept + final_norm + _embedding_mask_bytes(run, device)),
+        loss_forward_bytes=loss_forward,
+        loss_backward_bytes=loss_backward,
+        block_backward_bytes=tokens * (again + _block_gradients_per_token(run) - final_norm),
+        first_block_bytes=tokens * (block + _block_gradients_per_token(run)),
+    )
+
+
+def block_bytes_per_token(run: Workload, device: Device = "cuda") -> int:
     """What one block saves of a token."""
-    element = ELEMENT_BYTES[spec.training.precision]
-    block = _gpt2_block(shape, element) if shape.family == "gpt2" else _llama_block(shape, element)
-    return block + _attention_rows(spec, shape, element) + _dropout_masks(spec, shape)
+    element = run.element_bytes
+    block = _gpt2_block(run.shape, element) if run.shape.family == "gpt2" else _llama_block(run)
+    return block + _attention_rows(run, device) + _dropout_masks(run, device)
 
 
 def _gpt2_block(shape: ModelShape, element: int) -> int:
@@ -33,65 +84,97 @@ def _gpt2_block(shape: ModelShape, element: int) -> int:
     return element * (8 * shape.hidden_size + 2 * shape.intermediate_size) + statistics
 
 
-def _llama_block(shape: ModelShape, element: int) -> int:
-    """Two RMS norms, each with its input in fp32, the normalised rows and the output; query, key, value and attention's
-    output; gate, its SiLU, up and their product: 4i."""
-    norms = 2 * ((4 + 2 * element) * shape.hidden_size + STATISTIC_BYTES)
+def _llama_block(run: Workload) -> int:
+    """Two RMS norms; query, key, value and attention's output; gate, its SiLU, up and their product: 4i."""
+    shape, element = run.shape, run.element_bytes
     attention = element * (2 * shape.hidden_size + 2 * shape.key_value_size)
-    return norms + attention + element * 4 * shape.intermediate_size
+    return 2 * _norm_bytes_per_token(run) + attention + element * 4 * shape.intermediate_size
 
 
-def _attention_rows(spec: Spec, shape: ModelShape, element: int) -> int:
-    """Fused attention saves a log-sum-exp for each head; the plain one whole rows: fp32 softmax, its cast, the sum."""
-    if spec.model.attention == "sdpa":
-        return STATISTIC_BYTES * shape.num_attention_heads
-    return shape.num_attention_heads * spec.batch.sequence_length * (4 + 2 * element)
+def _norm_bytes_per_token(run: Workload) -> int:
+    """A layer norm saves its input, and its output is saved by what comes next; an RMS norm its input in fp32 (which in
+    fp32 is the input itself), the normalised rows and the output."""
+    shape, element = run.shape, run.element_bytes
+    if shape.family == "gpt2":
+        return 2 * element * shape.hidden_size
+    return (4 + 2 * element) * shape.hidden_size + STATISTIC_BYTES
 
 
-def _dropout_masks(spec: Spec, shape: ModelShape) -> int:
-    """A byte for each element of the two residual branches."""
-    return 2 * shape.hidden_size if spec.model.dropout else 0
+def _recomputed_bytes_per_token(run: Workload, block: int) -> int:
+    """A block that is computed again; the input that is kept is its first norm's, unless that makes an fp32 copy."""
+    makes_copy = run.shape.family == "llama" and run.element_bytes < 4
+    return block - (0 if makes_copy else run.element_bytes * run.shape.hidden_size)
 
 
-def activations_bytes(spec: Spec, shape: ModelShape, micro_batch_size: int) -> int:
-    """Everything that is saved at the end of forward, the loss left out.
+def _attention_rows(run: Workload, device: Device) -> int:
+    """Fused attention saves a log-sum-exp for each head; the plain one whole rows: fp32 softmax, its cast, the sum.
 
-    A checkpointed block saves only its input; while backward computes one again, its activations live beside them.
+    With dropout the CPU has no fused attention.
     """
-    tokens = micro_batch_size * spec.batch.sequence_length
-    boundary = ELEMENT_BYTES[spec.training.precision] * shape.hidden_size
-    whole = layer_bytes_per_token(spec, shape)
-    checkpointed = {"none": 0, "selective": -(-shape.num_layers // 2), "full": shape.num_layers}
-    again = checkpointed[spec.training.activation_checkpointing]
-    blocks = (shape.num_layers - again) * whole + again * boundary + (whole if again else 0)
-    final_norm = (2 if shape.family == "gpt2" else 4) * boundary
-    return tokens * (blocks + final_norm)
+    element = run.element_bytes
+    if run.attention == "sdpa" and not (run.dropout and device == "cpu"):
+        return STATISTIC_BYTES * run.shape.num_attention_heads
+    dropped = element if run.dropout else 0
+    return run.shape.num_attention_heads * run.sequence_length * (4 + 2 * element + dropped)
 
 
-def block_gradients_bytes(spec: Spec, shape: ModelShape, micro_batch_size: int) -> int:
-    """Gradients in flight in a block's backward: of the residual stream, and of its widest layer going in and out."""
-    element = ELEMENT_BYTES[spec.training.precision]
-    tokens = micro_batch_size * spec.batch.sequence_length
-    return tokens * element * (2 * shape.hidden_size + 2 * shape.intermediate_size)
+def _dropout_masks(run: Workload, device: Device) -> int:
+    """For each element of the two residual branches a byte, on the CPU an element."""
+    if not run.dropout:
+        return 0
+    return 2 * run.shape.hidden_size * (run.element_bytes if device == "cpu" else 1)
 
 
-def logits_bytes(spec: Spec, shape: ModelShape, micro_batch_size: int) -> tuple[int, int]:
-    """What the loss holds at the end of forward, and at the start of backward."""
-    element = ELEMENT_BYTES[spec.training.precision]
-    tokens = micro_batch_size * spec.batch.sequence_length
-    if spec.training.loss == "plain":
-        return _plain_logits(tokens * shape.padded_vocab_size, element)
-    # The projection's gradient adds up in fp32 and is held in the type of the weights (fp16: in fp32) until backward.
-    held = 2 if spec.training.precision == "bf16" else 4
-    hidden_gradient = tokens * shape.hidden_size * element
-    chunk = min(CHUNK_LOGITS_BYTES, 4 * tokens * shape.padded_vocab_size)
-    forward = hidden_gradient + (4 + element) * shape.embedding_parameters + chunk * (4 + element) // 4
-    backward = 2 * hidden_gradient + (held + max(held, element)) * shape.embedding_parameters
-    return forward, backward
+def _embedding_mask_bytes(run: Workload, device: Device) -> int:
+    return _dropout_masks(run, device) // 2
 
 
-def _plain_logits(num_logits: int, element: int) -> tuple[int, int]:
-    """Logits, their fp32 copy and its log-softmax; in backward the gradients of the latter two besides."""
-    fp32_copy = 4 if element == 2 else 0
-    forward = element + fp32_copy + 4
-    return forward * num_logits, (forward + 4) * num_logits
+def _block_gradients_per_token(run: Workload) -> int:
+    """Gradients of activations at the widest point of a block's backward, less what is consumed by then.
+
+    GPT-2: the residual stream's, and GELU's in the place of its output. Llama: the residual stream's, the product's,
+    and both its factors' in the place of the product.
+    """
+    widest = run.shape.intermediate_size * (1 if run.shape.family == "gpt2" else 2)
+    return run.element_bytes * (run.shape.hidden_size + widest)
+
+
+def _loss_bytes(run: Workload, tokens: int, device: Device) -> tuple[int, int]:
+    """At most while the loss is computed, and while its backward runs: see model/loss.py."""
+    hidden = tokens * run.shape.hidden_size * run.element_bytes
+    if run.loss == "plain":
+        return _plain_loss(tokens * run.shape.padded_vocab_size, hidden)
+    if run.loss == "fused":
+        return _fused_loss(run, tokens, hidden)
+    return _chunked_loss(run, tokens, hidden, device)
+
+
+def _plain_loss(num_logits: int, hidden: int) -> tuple[int, int]:
+    """fp32 logits and their log-softmax; in backward the latter, its gradient and that of the logits."""
+    return hidden + 8 * num_logits, hidden + 12 * num_logits
+
+
+def _chunked_loss(run: Workload, tokens: int, hidden: int, device: Device) -> tuple[int, int]:
+    """The hidden states and their gradient; the projection's gradient, which adds up in fp32 and waits for backward in
+    the type of the weights (fp16: in fp32); the logits of one piece. Backward scales into new tensors."""
+    element, projection = run.element_bytes, run.shape.embedding_parameters
+    pieces = -(-4 * tokens * run.shape.padded_vocab_size // CHUNK_LOGITS_BYTES)
+    logits = -(-tokens // pieces) * run.shape.padded_vocab_size
+    product = 0 if element == 4 else min(PRODUCT_BYTES, element * projection)
+    cast = product * 4 // element if device == "cpu" else 0  # CUDA adds 16 bits to fp32 without a copy
+    piece = 4 * logits if element == 4 else (4 + element) * logits + product + cast
+    waiting = element if run.precision == "bf16" else 4
+    at_end = waiting * projection if waiting < 4 else 0
+    # backward scales what waits into new tensors, and fp16 casts the projection's from fp32
+    scaled = (waiting + (element if waiting > element else 0)) * projection
+    return 2 * hidden + 4 * projection + max(piece, at_end), 2 * hidden + waiting * projection + scaled
+
+
+def _fused_loss(run: Workload, tokens: int, hidden: int) -> tuple[int, int]:
+    """liger-kernel 0.6, fused_linear_cross_entropy: as many pieces as the vocabulary is wider than the model; gradients
+    in the place of the logits, and the projection's in fp32 with a product beside it."""
+    element, projection = run.element_bytes, run.shape.embedding_parameters
+    pieces = max(1, run.shape.padded_vocab_size // run.shape.hidden_size)
+    logits = -(-tokens // pieces) * run.shape.padded_vocab_size
+    forward = 2 * hidden + (4 + element + 4) * projection + 2 * element * logits
+    return forward, hidden + 2 * element * projection

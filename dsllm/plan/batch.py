@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dsllm.errors import UserError
-from dsllm.spec.sections import Batch
+
+if TYPE_CHECKING:
+    from dsllm.spec.sections import Batch
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,14 @@ def resolve_batch(batch: Batch, world_size: int, micro_batch_size: int | None = 
     )
 
 
-def micro_batch_choices(batch: Batch, world_size: int) -> list[int]:
+def micro_batch_choices(global_batch_size: int, world_size: int) -> list[int]:
     """Every micro-batch size that divides the batch of a rank, in ascending order.
 
     Raises UserError where the global batch does not divide over the ranks at all.
     """
-    share, rest = divmod(batch.global_batch_size, world_size)
+    share, rest = divmod(global_batch_size, world_size)
     if rest:
-        raise UserError(_remainder(batch.global_batch_size, 1, world_size))
+        raise UserError(_remainder(global_batch_size, 1, world_size))
     return _divisors(share)
 
 

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from dsllm.spec.sections import Model, Spec
 from dsllm.units import round_up
+
+if TYPE_CHECKING:
+    from dsllm.spec.sections import Model, Spec
+
+
+class Tensor(NamedTuple):
+    """A parameter: what the optimizer decays and ZeRO cuts."""
+
+    elements: int
+    is_matrix: bool
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,15 @@ class ModelShape:
         """One transformer block."""
         return self.attention_parameters + self.feed_forward_parameters + 2 * self.norm_parameters
 
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every allocated parameter once, in the order of transformers' modules."""
+        embedding = Tensor(self.embedding_parameters, True)
+        positions = [Tensor(self.position_parameters, True)] if self.position_parameters else []
+        head = [] if self.tie_word_embeddings else [embedding]
+        block = _gpt2_block(self) if self.family == "gpt2" else _llama_block(self)
+        return (embedding, *positions, *block * self.num_layers, *_norm(self), *head)
+
     def _total(self, vocabulary_rows: int) -> int:
         vocabulary_matrices = 1 if self.tie_word_embeddings else 2
         return (
@@ -84,6 +103,27 @@ class ModelShape:
             + self.num_layers * self.parameters_per_layer
             + self.norm_parameters
         )
+
+
+def _gpt2_block(shape: ModelShape) -> list[Tensor]:
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    attention = [*_linear(hidden, 3 * hidden), *_linear(hidden, hidden)]
+    return [*_norm(shape), *attention, *_norm(shape), *_linear(hidden, inner), *_linear(inner, hidden)]
+
+
+def _llama_block(shape: ModelShape) -> list[Tensor]:
+    hidden, key_value, inner = shape.hidden_size, shape.key_value_size, shape.intermediate_size
+    attention = [Tensor(hidden * width, True) for width in (hidden, key_value, key_value, hidden)]
+    return [*attention, *[Tensor(hidden * inner, True)] * 3, *_norm(shape), *_norm(shape)]
+
+
+def _linear(rows: int, columns: int) -> list[Tensor]:
+    """A matrix and its bias."""
+    return [Tensor(rows * columns, True), Tensor(columns, False)]
+
+
+def _norm(shape: ModelShape) -> list[Tensor]:
+    return [Tensor(shape.hidden_size, False)] * (shape.norm_parameters // shape.hidden_size)
 
 
 def model_shape(spec: Spec) -> ModelShape:

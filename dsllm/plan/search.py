@@ -1,40 +1,266 @@
-"""The choices that dsllm makes for a spec: the micro-batch size, and the variants that it compares."""
+"""The choices that dsllm makes for a run: micro-batch size, ZeRO stage, checkpointing, offload, and on which GPUs."""
 
 from __future__ import annotations
 
-from dsllm.plan.batch import micro_batch_choices, resolve_batch
-from dsllm.plan.memory import estimate_memory
-from dsllm.spec.sections import Spec, Zero
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from dsllm.errors import UserError
+from dsllm.plan.batch import micro_batch_choices
+from dsllm.plan.cost import Cost, Machine, run_cost, step_time
+from dsllm.plan.hardware import Gpu
+from dsllm.plan.memory import FITTING_SHARE, MemoryEstimate, estimate_memory
+from dsllm.plan.work import Kernels
+from dsllm.plan.workload import Checkpointing, OffloadDevice, Workload
+from dsllm.units import format_bytes
+
+HOST_SHARE = 0.9
+"""Share of a node's memory that offloading may take: the rest is for the system, the text and its readers."""
+
+RESOLUTION = 0.03
+"""Difference in throughput below which the prediction cannot tell two ways apart, and the plainer one is taken."""
+
+CHECKPOINTINGS: tuple[Checkpointing, ...] = ("none", "selective", "full")
+OFFLOADS: dict[int, tuple[tuple[OffloadDevice, OffloadDevice], ...]] = {
+    0: (("none", "none"),),
+    1: (("none", "none"), ("cpu", "none")),
+    2: (("none", "none"), ("cpu", "none")),
+    3: (("none", "none"), ("cpu", "none"), ("cpu", "cpu")),
+}
+"""Where optimizer states and parameters may live, by stage."""
 
 
-def choose_micro_batch(spec: Spec, world_size: int, device_memory_bytes: int) -> int:
-    """Sequences per forward on each rank: the spec's own number, or for `auto` the largest that is predicted to fit.
+def choose_micro_batch(run: Workload, world_size: int, device_memory_bytes: int) -> int:
+    """Sequences per forward on each rank: the run's own number, or for `auto` the largest that is predicted to fit.
 
     Only sizes that divide a rank's share of the global batch are considered, and 1 is taken where nothing fits: the
     estimate may be wrong, and the run is the judge. Raises UserError where the batch does not divide over the ranks.
     """
-    if spec.batch.micro_batch_size != "auto":
-        return resolve_batch(spec.batch, world_size).micro_batch_size
-    sizes = micro_batch_choices(spec.batch, world_size)
-    fitting = [size for size in sizes if estimate_memory(spec, world_size, size).fits(device_memory_bytes)]
+    if run.micro_batch_size is not None:
+        return run.micro_batch_size
+    sizes = micro_batch_choices(run.global_batch_size, world_size)
+    fitting = [size for size in sizes if estimate_memory(run, world_size, size).fits(device_memory_bytes)]
     return max(fitting, default=1)
 
 
-def at_stage(spec: Spec, stage: int) -> Spec:
-    """The same run at another ZeRO stage, without the offloads and tuning that the stage does not have."""
-    zero = spec.zero
-    if stage == zero.stage:
-        return spec
-    below = stage < 3
-    changed = Zero(
-        stage=stage,
-        offload_optimizer="none"
-        if stage == 0 or (below and zero.offload_optimizer == "nvme")
-        else zero.offload_optimizer,
-        offload_param="none" if below else zero.offload_param,
-        nvme_path=None if below else zero.nvme_path,
-        reduce_bucket_elements=None if stage < 2 else zero.reduce_bucket_elements,
+@lru_cache(maxsize=50_000)
+def _memory(run: Workload, world_size: int, micro_batch_size: int) -> MemoryEstimate:
+    """The estimate, kept: a comparison of GPUs asks for each one once for every GPU."""
+    return estimate_memory(run, world_size, micro_batch_size)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What holds for every candidate of a search, beside the run and the machine."""
+
+    kernels: Kernels = "eager"
+    pace: float = 1.0
+    """Measured over predicted seconds of a step."""
+    node_price: float | None = None
+    """Dollars an hour for each node, in the place of the catalogue's."""
+    evaluated_steps: float = 0.0
+    """What evaluation reads in the whole run, in global batches."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A way to run that is predicted to fit, and what it comes to."""
+
+    run: Workload
+    machine: Machine
+    micro_batch_size: int
+    memory: MemoryEstimate
+    cost: Cost
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.run.global_batch_size // (self.micro_batch_size * self.machine.world_size)
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A way to run that is not predicted to fit, why, and by how many bytes (0 where it is not about bytes)."""
+
+    run: Workload
+    machine: Machine
+    reason: str
+    short_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every way to run on one machine: what fits from the fastest, what does not from the nearest miss."""
+
+    machine: Machine
+    fits: tuple[Fit, ...]
+    misfits: tuple[Misfit, ...]
+
+    def recommended(self, given: Fit | Misfit | None = None) -> Fit | None:
+        """Of the ways that are as good as the fastest the given one, else the plainest; None where nothing fits."""
+        if not self.fits:
+            return None
+        enough = (1 - RESOLUTION) * self.fits[0].cost.tokens_per_second
+        if isinstance(given, Fit) and given.cost.tokens_per_second >= enough:
+            return given
+        return min((fit for fit in self.fits if fit.cost.tokens_per_second >= enough), key=_complexity)
+
+
+def _complexity(fit: Fit) -> tuple[int, float, int, float]:
+    """Offload, stage and checkpointing each cost robustness; then the faster one."""
+    zero = fit.run.zero
+    offloaded = (zero.offload_optimizer != "none") + (zero.offload_param != "none")
+    repeated = CHECKPOINTINGS.index(fit.run.activation_checkpointing)
+    # stage 1 before stage 0, whose optimizer in 16 bits is DeepSpeed's slowest and least used
+    return offloaded, zero.stage or 1.5, repeated, -fit.cost.tokens_per_second
+
+
+def search(run: Workload, machine: Machine, conditions: Conditions = Conditions()) -> Plan:
+    """Try every stage, checkpointing and offload, each with the largest micro-batch that fits.
+
+    A larger micro-batch never takes longer, so that smaller ones need not be tried. Raises UserError where the batch
+    does not divide over the ranks.
+    """
+    sizes = micro_batch_choices(run.global_batch_size, machine.world_size)
+    found = [_fit(variant, machine, sizes, conditions) for variant in variants(run, machine.gpu)]
+    fits = [one for one in found if isinstance(one, Fit)]
+    misfits = [one for one in found if isinstance(one, Misfit)]
+    return Plan(
+        machine,
+        tuple(sorted(fits, key=lambda fit: (-fit.cost.tokens_per_second, fit.memory.peak.total_bytes))),
+        tuple(sorted(misfits, key=lambda misfit: misfit.short_bytes)),
     )
-    given = spec.training.gradient_accumulation_precision
-    training = spec.training.model_copy(update={"gradient_accumulation_precision": given if stage else "auto"})
-    return spec.model_copy(update={"zero": changed, "training": training})
+
+
+def as_given(run: Workload, machine: Machine, conditions: Conditions = Conditions()) -> Fit | Misfit:
+    """The run's own stage, checkpointing and offload, and its micro-batch size unless that is `auto`.
+
+    Raises UserError where the batch does not divide over the ranks.
+    """
+    sizes = micro_batch_choices(run.global_batch_size, machine.world_size)
+    if run.micro_batch_size is None:
+        return _fit(run, machine, sizes, conditions)
+    if run.micro_batch_size not in sizes:
+        share = run.global_batch_size // machine.world_size
+        return Misfit(run, machine, f"micro-batch {run.micro_batch_size} does not divide a rank's {share} sequences")
+    return _fit(run, machine, [run.micro_batch_size], conditions)
+
+
+def variants(run: Workload, gpu: Gpu) -> Iterator[Workload]:
+    """The run at every stage, with every checkpointing and every offload that the stage has; none to a CPU's host."""
+    for stage, offloads in OFFLOADS.items():
+        staged = run.at_stage(stage)
+        for optimizer, param in offloads[:1] if gpu.is_cpu else offloads:
+            zero = replace(staged.zero, offload_optimizer=optimizer, offload_param=param)
+            for checkpointing in CHECKPOINTINGS:
+                yield replace(staged, zero=zero, activation_checkpointing=checkpointing)
+
+
+def _fit(run: Workload, machine: Machine, sizes: Sequence[int], conditions: Conditions) -> Fit | Misfit:
+    """The run with the largest of the micro-batch sizes, ascending, that fits; or why not even the smallest does."""
+    gpu = machine.gpu
+    if run.precision not in gpu.flops:
+        return Misfit(run, machine, f"{run.precision} is not in the hardware of {gpu.name}")
+    micro = _largest_fitting(run, machine, sizes)
+    memory = _memory(run, machine.world_size, micro)
+    if not memory.fits(gpu.memory_bytes):
+        return _too_large(run, machine, micro, memory)
+    short = _host_bytes(machine, memory) - round(HOST_SHARE * gpu.host_memory_bytes)
+    if memory.host_bytes and short > 0:
+        reason = f"{format_bytes(_host_bytes(machine, memory))} of host memory on each node, {format_bytes(short)} more"
+        return Misfit(run, machine, f"{reason} than it has to spare", short)
+    step = step_time(run, machine, micro, conditions.kernels, conditions.pace)
+    cost = run_cost(run, machine, step, conditions.node_price, conditions.evaluated_steps)
+    return Fit(run, machine, micro, memory, cost)
+
+
+def _largest_fitting(run: Workload, machine: Machine, sizes: Sequence[int]) -> int:
+    """Of ascending sizes; the smallest where none fits. Without accumulation a run may hold less than with it."""
+
+    def too_large(size: int) -> bool:
+        return not _memory(run, machine.world_size, size).fits(machine.gpu.memory_bytes)
+
+    if not too_large(sizes[-1]):
+        return sizes[-1]
+    return sizes[max(0, bisect_right(sizes, 0, hi=len(sizes) - 1, key=too_large) - 1)]
+
+
+def _too_large(run: Workload, machine: Machine, micro: int, memory: MemoryEstimate) -> Misfit:
+    short = memory.peak.total_bytes - int(FITTING_SHARE * machine.gpu.memory_bytes)
+    needed = format_bytes(memory.peak.total_bytes)
+    return Misfit(
+        run,
+        machine,
+        f"{needed} at micro-batch {micro} in {memory.peak_phase}, {format_bytes(short)} more than fits",
+        short,
+    )
+
+
+def _host_bytes(machine: Machine, memory: MemoryEstimate) -> int:
+    """Of one node."""
+    return memory.host_bytes * machine.ranks_per_node // machine.world_size
+
+
+def best_on_each(run: Workload, machines: Sequence[Machine], conditions: Conditions) -> list[Fit | Misfit]:
+    """The way to run on each machine, or the nearest miss where nothing fits, in the order of the machines."""
+    found: list[Fit | Misfit] = []
+    for machine in machines:
+        try:
+            plan = search(run, machine, conditions)
+        except UserError:
+            reason = f"{run.global_batch_size} sequences do not divide over {machine.world_size} ranks"
+            found.append(Misfit(run, machine, reason))
+            continue
+        found.append(plan.recommended() or plan.misfits[0])
+    return found
+
+
+def within_limits(fits: Sequence[Fit], budget_dollars: float | None, deadline_hours: float | None) -> list[Fit]:
+    """What keeps the budget and the deadline; the cheapest first where there is a deadline, else the fastest.
+
+    Raises UserError where nothing does, with what comes closest and by how much it misses. A device without a price
+    keeps no budget.
+    """
+    overruns = [_overrun(fit, budget_dollars, deadline_hours) for fit in fits]
+    kept = [fit for fit, overrun in zip(fits, overruns, strict=True) if overrun <= 1]
+    if not kept:
+        raise UserError(_nearest_miss(fits, overruns, budget_dollars, deadline_hours))
+    if deadline_hours is None:
+        return sorted(kept, key=lambda fit: fit.cost.run_seconds)
+    return sorted(kept, key=lambda fit: (_dollars(fit), fit.cost.run_seconds))
+
+
+def _dollars(fit: Fit) -> float:
+    return float("inf") if fit.cost.dollars is None else fit.cost.dollars
+
+
+def _overrun(fit: Fit, budget_dollars: float | None, deadline_hours: float | None) -> float:
+    """The worse of dollars over budget and hours over deadline; at most 1 where both are kept."""
+    ratios = [0.0]
+    if budget_dollars is not None:
+        ratios.append(_dollars(fit) / budget_dollars)
+    if deadline_hours is not None:
+        ratios.append(fit.cost.hours / deadline_hours)
+    return max(ratios)
+
+
+def _nearest_miss(
+    fits: Sequence[Fit], overruns: Sequence[float], budget_dollars: float | None, deadline_hours: float | None
+) -> str:
+    given = [f"--budget-dollars {budget_dollars:g}"] if budget_dollars is not None else []
+    given += [f"--deadline-hours {deadline_hours:g}"] if deadline_hours is not None else []
+    limits = " and ".join(given)
+    if not fits or min(overruns) == float("inf"):
+        return f"plan: given {limits}; nothing that fits has a price; give other GPUs, or --price-per-hour"
+    fit = min(zip(fits, overruns, strict=True), key=lambda pair: pair[1])[0]
+    over = []
+    if budget_dollars is not None and _dollars(fit) > budget_dollars:
+        over.append(f"${_dollars(fit) - budget_dollars:,.2f} over the budget")
+    if deadline_hours is not None and fit.cost.hours > deadline_hours:
+        over.append(f"{fit.cost.hours - deadline_hours:,.1f} hours over the deadline")
+    dollars = "" if fit.cost.dollars is None else f" and ${fit.cost.dollars:,.2f}"
+    return (
+        f"plan: given {limits}, which nothing keeps; closest is {fit.machine.world_size} x {fit.machine.gpu.name} with "
+        f"{fit.cost.hours:,.1f} hours{dollars}, {' and '.join(over)}; raise the limit, or train on fewer tokens"
+    )

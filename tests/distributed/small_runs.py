@@ -69,6 +69,7 @@ def run_case(family: str, stage: int, accumulation: int, steps: int, overrides: 
     """One case on this rank."""
     from dsllm.ds_config import build_ds_config
     from dsllm.engine import guards, ranks
+    from dsllm.engine.memory_meter import MemoryMeter
     from dsllm.engine.start import start_engine
     from dsllm.engine.trainer import set_learning_rate, train_step
 
@@ -78,10 +79,10 @@ def run_case(family: str, stage: int, accumulation: int, steps: int, overrides: 
     engine = start_engine(spec, build_ds_config(spec, world.size, "cpu"))
     digest = weights_digest(engine.module)
     micro_batches = own_micro_batches(steps, world.rank, world.size, size)
-    losses, norms, stop = [], [], guards.StopRequest()
+    losses, norms, stop, memory = [], [], guards.StopRequest(), MemoryMeter(None)
     for step in range(steps):
         set_learning_rate(engine, warm_up(step))
-        metrics = train_step(engine, micro_batches, stop)
+        metrics = train_step(engine, micro_batches, stop, memory)
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
     engine.destroy()

@@ -1,0 +1,70 @@
+"""Takes a few steps of each run on this rank and notes the memory of their phases. Started by estimate_accuracy.py."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsllm.ds_config import build_ds_config
+from dsllm.engine import guards, ranks
+from dsllm.engine.allocators import allocator
+from dsllm.engine.memory_meter import MemoryMeter
+from dsllm.engine.start import start_engine
+from dsllm.engine.trainer import train_step
+from dsllm.spec.load import load_spec
+
+STEPS = 2
+"""The optimizer makes some of its states in the first."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=Path, help="JSON list of lists of overrides")
+    parser.add_argument("--output", type=Path, help="JSON list of each case's memory on each rank")
+    parser.add_argument("--spec", help="what the overrides are for")
+    parser.add_argument("--local_rank", type=int)
+    args = parser.parse_args()
+
+    world = ranks.join()
+    results = []
+    for overrides in json.loads(args.cases.read_text()):
+        on_ranks: list[Any] = [None] * world.size
+        torch.distributed.all_gather_object(on_ranks, measure(args.spec, overrides, world))
+        results.append(on_ranks)
+        if world.rank == 0:
+            args.output.write_text(json.dumps(results))
+
+
+def measure(spec_name: str, overrides: list[str], world: ranks.World) -> dict[str, Any]:
+    """The peaks of one run on this rank."""
+    spec = load_spec(spec_name, overrides)
+    gc.collect()
+    memory = MemoryMeter(allocator(ranks.device_type()))
+    if memory.measured is None:
+        raise SystemExit("estimate_accuracy: memory on the CPU is counted by a library compiled here; install g++")
+    micro_batch_size = spec.batch.micro_batch_size
+    engine = start_engine(spec, build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size))
+    shape = (micro_batch_size, spec.batch.sequence_length)
+
+    def micro_batches():
+        while True:
+            tokens = torch.randint(spec.vocab_size, shape)
+            yield {"input_ids": tokens, "labels": tokens}
+
+    batches, stop = micro_batches(), guards.StopRequest()
+    for _ in range(STEPS):
+        train_step(engine, batches, stop, memory)
+    measured = asdict(memory.measured)
+    engine.destroy()
+    del engine
+    return measured
+
+
+if __name__ == "__main__":
+    main()

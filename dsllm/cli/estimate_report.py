@@ -1,0 +1,323 @@
+"""What `dsllm estimate-memory` prints: terms with bars, which devices hold them, and what to change where none does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dsllm.cli.estimate import Asked
+    from dsllm.launch.devices import LocalGpu
+    from dsllm.plan.advice import Advice
+    from dsllm.plan.hardware import Gpu
+    from dsllm.plan.memory import MemoryEstimate, Terms
+
+BAR_WIDTH, SHORT_BAR_WIDTH = 30, 10
+WORTH_A_NOTE = 0.01
+"""Share of a stage's peak by which it must exceed a lower stage's to be remarked upon."""
+
+
+def as_document(asked: Asked, stage: int) -> dict[str, Any]:
+    """The JSON of one stage; with a trace, the same by tracing and the difference of every term beside it."""
+    way = asked.at_stage(stage)
+    estimate = asked.predict(way)
+    document = estimate.as_dict()
+    if asked.trace is not None:
+        traced = asked.predict(way, asked.trace.activations)
+        document["traced"] = {
+            "per_gpu": {**asdict(traced.peak), "total_bytes": traced.peak.total_bytes},
+            "peak_phase": traced.peak_phase,
+            "phases": traced.as_dict()["phases"],
+        }
+    return document
+
+
+def report(asked: Asked) -> None:
+    """One stage in full, or several in a line each."""
+    estimates = [asked.predict(asked.at_stage(stage)) for stage in asked.stages]
+    typer.echo(_head(asked, estimates[0]))
+    if asked.constants:
+        typer.echo(f"runtime as measured on {asked.constants.device} ({asked.constants.source})")
+    if len(estimates) == 1:
+        _print_terms(estimates[0])
+    else:
+        _print_stages(estimates)
+    if asked.trace is not None:
+        _print_traced(asked, estimates)
+    for note in _notes(asked, estimates):
+        typer.echo(note)
+    _print_fits(asked, estimates)
+
+
+def _head(asked: Asked, estimate: MemoryEstimate) -> str:
+    from dsllm.units import format_count
+
+    way, run, shape = asked.given, asked.given.run, asked.given.run.shape
+    stage = f"ZeRO stage {estimate.zero_stage}, " if len(asked.stages) == 1 else ""
+    unit = "GPU" if asked.device == "cuda" else "CPU rank"
+    return (
+        f"{format_count(estimate.parameters)} parameters: {shape.num_layers} layers x {shape.hidden_size}, "
+        f"{shape.num_attention_heads} heads, {shape.vocab_size:,} tokens ({shape.family})"
+        + (", a typical shape of that size; " if asked.parameters else "; ")
+        + f"{way.micro_batch_size} x {run.sequence_length} tokens a forward, {run.precision}, "
+        f"activation checkpointing {run.activation_checkpointing}; {stage}{_number(way.world_size, unit)}"
+    )
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _print_terms(estimate: MemoryEstimate) -> None:
+    """Each term of the peak with its share, then the other phases."""
+    from dsllm.cli.tables import print_table
+    from dsllm.plan.memory import PHASES
+    from dsllm.units import format_bytes
+
+    peak = estimate.peak
+    rows = [(name, *_with_share(size, peak.total_bytes)) for name, size in _named(peak)]
+    print_table([f"in {estimate.peak_phase}", "bytes", "share", "of the peak".ljust(BAR_WIDTH)], rows)
+    others = [
+        f"{phase} {format_bytes(estimate.phases[phase].total_bytes)}"
+        for phase in PHASES
+        if phase != estimate.peak_phase
+    ]
+    host = f"; host memory {format_bytes(estimate.host_bytes)} in all" if estimate.host_bytes else ""
+    typer.echo(f"peak {format_bytes(peak.total_bytes)}, in {estimate.peak_phase}; {', '.join(others)}{host}")
+
+
+def _with_share(size: int, whole: int) -> tuple[str, str, str]:
+    from dsllm.units import format_bytes
+
+    return format_bytes(size) if size else "-", f"{size / whole:.0%}", bar(size, whole)
+
+
+def _print_stages(estimates: Sequence[MemoryEstimate]) -> None:
+    """GiB of each term, a row for each stage."""
+    from dsllm.cli.tables import print_table
+    from dsllm.units import GIB
+
+    largest = max(estimate.peak.total_bytes for estimate in estimates)
+    names = [name for name, _ in _named(estimates[0].peak)]
+    print_table(
+        ["ZeRO stage", *names, "peak GiB", "in", "host GiB", "peak"],
+        [
+            (
+                str(estimate.zero_stage),
+                *(f"{size / GIB:.2f}" for _, size in _named(estimate.peak)),
+                f"{estimate.peak.total_bytes / GIB:.2f}",
+                estimate.peak_phase,
+                f"{estimate.host_bytes / GIB:.2f}",
+                bar(estimate.peak.total_bytes, largest, SHORT_BAR_WIDTH),
+            )
+            for estimate in estimates
+        ],
+    )
+
+
+def bar(size: int, whole: int, width: int = BAR_WIDTH) -> str:
+    """Filled in proportion, and as wide as any other; in ASCII where the screen may not have blocks."""
+    encoding = (getattr(sys.stdout, "encoding", "") or "").lower()
+    full, empty = "█░" if sys.stdout.isatty() and encoding.startswith("utf") else "#."
+    filled = round(width * size / whole)
+    return full * filled + empty * (width - filled)
+
+
+def _named(terms: Terms) -> list[tuple[str, int]]:
+    return [(name.removesuffix("_bytes"), size) for name, size in asdict(terms).items()]
+
+
+def _number(count: int, unit: str) -> str:
+    return f"{count} {unit}" + ("s" if count > 1 else "")
+
+
+def _print_traced(asked: Asked, estimates: Sequence[MemoryEstimate]) -> None:
+    """Arithmetic beside trace, a row for each term of each stage."""
+    from dsllm.cli.tables import print_table
+
+    assert asked.trace is not None
+    rows = []
+    for estimate in estimates:
+        traced = asked.predict(asked.at_stage(estimate.zero_stage), asked.trace.activations)
+        both = zip(_named(estimate.peak), _named(traced.peak), strict=True)
+        rows += [_compared(f"stage {estimate.zero_stage} {name}", size, found) for (name, size), (_, found) in both]
+        rows.append(_compared(f"stage {estimate.zero_stage} peak", estimate.peak.total_bytes, traced.peak.total_bytes))
+    print_table(["term", "arithmetic", "traced", "difference", ""], rows)
+
+
+def _compared(name: str, calculated: int, traced: int) -> tuple[str, ...]:
+    from dsllm.units import format_bytes
+
+    difference = calculated - traced
+    share = f"{difference / traced:+.1%}" if traced else ""
+    return name, format_bytes(calculated), format_bytes(traced), format_bytes(difference), share
+
+
+# --- notes ------------------------------------------------------------------------------------------------------------
+
+
+def _notes(asked: Asked, estimates: Sequence[MemoryEstimate]) -> Iterator[str]:
+    """Where a stage takes more than a lower one, by how much and in which terms."""
+    for estimate in estimates:
+        lower = [asked.predict(asked.at_stage(stage)) for stage in range(estimate.zero_stage)]
+        least = min(lower, key=lambda other: other.peak.total_bytes, default=None)
+        if least is None:
+            continue
+        more = estimate.peak.total_bytes - least.peak.total_bytes
+        if more > WORTH_A_NOTE * estimate.peak.total_bytes:
+            yield _note(asked, estimate, least, more)
+
+
+def _note(asked: Asked, higher: MemoryEstimate, lower: MemoryEstimate, more: int) -> str:
+    """Terms are compared at the moment that is the higher stage's peak."""
+    from dsllm.units import format_bytes
+
+    then = dict(_named(lower.phases[higher.peak_phase]))
+    grown = {name: size - then[name] for name, size in _named(higher.peak) if size > then[name]}
+    largest = sorted(grown, key=lambda name: -grown[name])[:2]
+    terms = [f"{name} +{format_bytes(grown[name])}{_reason(asked, higher, name)}" for name in largest]
+    return (
+        f"note: stage {higher.zero_stage} takes {format_bytes(more)} more than stage {lower.zero_stage} on "
+        f"{_number(higher.world_size, 'rank')}; at its peak, in {higher.peak_phase}: {', '.join(terms)}"
+    )
+
+
+def _reason(asked: Asked, higher: MemoryEstimate, term: str) -> str:
+    """Whose buffers they are, as dsllm/plan/states.py has them."""
+    run = asked.at_stage(higher.zero_stage).run
+    if term == "gradients" and run.runs_bf16_optimizer:
+        return " (DeepSpeed's BF16_Optimizer keeps all of them in fp32, beside those of backward)"
+    if term == "gradients" and run.zero.stage == 3:
+        return f" (DeepSpeed's flat {run.accumulation_precision} buffer of its partition, which lasts the whole step)"
+    if term == "gradients":
+        return f" (they add up in {run.accumulation_precision})"
+    if term == "optimizer" and run.precision == "fp32":
+        return " (DeepSpeed's master copy of what is in fp32 already)"
+    if term == "communication":
+        return " (DeepSpeed's buckets" + (" and gathered parameters)" if run.zero.stage == 3 else ")")
+    return " (DeepSpeed's copies)" if term == "temporaries" else ""
+
+
+# --- what holds it ----------------------------------------------------------------------------------------------------
+
+
+def _print_fits(asked: Asked, estimates: Sequence[MemoryEstimate]) -> None:
+    """The devices that hold it and what they have left, this machine's own, and advice where none does."""
+    if asked.device == "cpu":
+        typer.echo(_fit_of_this_host(estimates))
+        return
+    from dsllm.launch.devices import local_gpus
+    from dsllm.plan.hardware import gpus
+
+    considered = (asked.gpu,) if asked.gpu else gpus()
+    for estimate in estimates:
+        typer.echo(_fit(estimate, considered, in_full=len(estimates) == 1))
+    for line in _own(local_gpus(), estimates):
+        typer.echo(line)
+    if not any(estimate.fits(gpu.memory_bytes) for estimate in estimates for gpu in considered):
+        target = max(considered, key=lambda gpu: gpu.memory_bytes)
+        for line in _advice(asked, target):
+            typer.echo(line)
+
+
+def _fit(estimate: MemoryEstimate, considered: Sequence[Gpu], in_full: bool) -> str:
+    """`stage 3: 20.11 GiB on each GPU; fits v100-32gb (11.39 GiB left), ...`; of several stages without the rests."""
+    from dsllm.units import format_bytes
+
+    needed = estimate.peak.total_bytes
+    start = f"stage {estimate.zero_stage}: {format_bytes(needed)} on each GPU; "
+    fitting = [gpu for gpu in considered if estimate.fits(gpu.memory_bytes)]
+    if not fitting:
+        largest = max(considered, key=lambda gpu: gpu.memory_bytes)
+        name = largest.name if len(considered) == 1 else f"any known GPU, the largest being {largest.name}"
+        return f"{start}does not fit {name}: {_missing(estimate, largest.memory_bytes)}"
+    first, *others = (
+        f"{gpu.name} ({format_bytes(gpu.memory_bytes - needed)} left)" if in_full or gpu is fitting[0] else gpu.name
+        for gpu in fitting
+    )
+    return f"{start}fits {', '.join([first, *others])}"
+
+
+def _missing(estimate: MemoryEstimate, memory_bytes: int) -> str:
+    """`9.81 GiB more than 95% of its 14.56 GiB`."""
+    from dsllm.plan.memory import FITTING_SHARE
+    from dsllm.units import format_bytes
+
+    over = estimate.peak.total_bytes - int(FITTING_SHARE * memory_bytes)
+    return f"{format_bytes(over)} more than {FITTING_SHARE:.0%} of its {format_bytes(memory_bytes)}"
+
+
+def _own(own: Sequence[LocalGpu], estimates: Sequence[MemoryEstimate]) -> Iterator[str]:
+    """This machine's GPUs as they are now; those of a kind in one line, by the fullest."""
+    from dsllm.units import format_bytes
+
+    for name in dict.fromkeys(gpu.name for gpu in own):
+        alike = [gpu for gpu in own if gpu.name == name]
+        free = min(gpu.free_bytes for gpu in alike)
+        stages = [str(estimate.zero_stage) for estimate in estimates if estimate.fits(free)]
+        of_each = " on the fullest" if len(alike) > 1 else ""
+        verdict = f"holds stage {', '.join(stages)}" if stages else f"holds none: {_missing(estimates[-1], free)}"
+        if len(estimates) == 1:
+            left = free - estimates[0].peak.total_bytes
+            verdict = f"fits, {format_bytes(left)} left" if stages else f"does not fit: {_missing(estimates[0], free)}"
+        yield f"this machine: {len(alike)} x {name}, {format_bytes(free)} free now{of_each}: {verdict}"
+
+
+def _fit_of_this_host(estimates: Sequence[MemoryEstimate]) -> str:
+    """On the CPU all ranks share one memory, when they run here."""
+    import os
+
+    from dsllm.units import format_bytes
+
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needs = [estimate.peak.total_bytes * estimate.world_size for estimate in estimates]
+    verdicts = [
+        f"stage {estimate.zero_stage} {format_bytes(need)}" + ("" if need <= memory_bytes else ", which is too much")
+        for estimate, need in zip(estimates, needs, strict=True)
+    ]
+    return f"all ranks on this machine, which has {format_bytes(memory_bytes)}: {'; '.join(verdicts)}"
+
+
+# --- advice -----------------------------------------------------------------------------------------------------------
+
+
+def _advice(asked: Asked, target: Gpu) -> Iterator[str]:
+    """What to type for it to fit, from the run's own stage or the only one that was asked for.
+
+    More GPUs are not everybody's to have: where they are the advice, what does without them follows.
+    """
+    from dsllm.plan.advice import advise
+
+    way = asked.at_stage(asked.stages[0]) if len(asked.stages) == 1 else asked.given
+    advice = advise(way, target, asked.predict)
+    yield _advised(asked, advice, target, "to fit")
+    if advice.world_size is not None:
+        without = advise(way, target, asked.predict, more_ranks=False)
+        yield _advised(asked, without, target, f"on {_number(way.world_size, 'GPU')}, to fit")
+
+
+def _advised(asked: Asked, advice: Advice, target: Gpu, aim: str) -> str:
+    from dsllm.units import format_bytes
+
+    needed = format_bytes(advice.estimate.peak.total_bytes)
+    host = f", and {format_bytes(advice.estimate.host_bytes)} of host memory" if advice.estimate.host_bytes else ""
+    typed = _typed(asked, advice)
+    if advice.fits:
+        return f"{aim} {target.name}: {typed} takes {needed}{host}"
+    missing = _missing(advice.estimate, target.memory_bytes)
+    return f"{aim} {target.name}: nothing does; the least is {typed} with {needed}{host}, {missing}"
+
+
+def _typed(asked: Asked, advice: Advice) -> str:
+    """The options of this command that say it; fields without one are set in a spec."""
+    options = {} if asked.given.has_batch else {"zero.stage": "--zero", "batch.micro_batch_size": "--micro-batch-size"}
+    words = [
+        f"{options[name]} {value}" if name in options else f"--set {name}={value}"
+        for name, value in advice.settings.items()
+    ]
+    if advice.world_size is not None:
+        words.append(f"--gpus {advice.world_size}")
+    return " ".join(words) or "the run as it is"

@@ -1,0 +1,54 @@
+"""The true peak of forward, backward and step, to set beside what was predicted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from dsllm.engine.allocators import Allocator
+from dsllm.plan.memory import PHASES, Phase
+
+
+@dataclass
+class MeasuredMemory:
+    """Bytes of tensors on this rank, more than there were before the engine; the largest over all steps."""
+
+    peak_bytes: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    """At any moment of the phase."""
+    held_bytes: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    """At the end of the phase."""
+    reserved_bytes: int | None = None
+    """What the allocator took from the device for it, gaps included; None where it does not tell."""
+
+    @property
+    def largest_peak_bytes(self) -> int:
+        return max(self.peak_bytes.values())
+
+
+class MemoryMeter:
+    """Notes what each phase takes. Make it before the engine, since what is held by then does not count."""
+
+    def __init__(self, allocator: Allocator | None) -> None:
+        """Without an allocator there is nothing to measure, and `measured` stays None."""
+        self._allocator = allocator
+        self._before = allocator.held_bytes() if allocator else 0
+        self.measured = MeasuredMemory() if allocator else None
+
+    @contextlib.contextmanager
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Within, what is allocated belongs to that phase."""
+        if self._allocator is None or self.measured is None:
+            yield
+            return
+        self._allocator.reset_peak()
+        yield
+        _raise_to(self.measured.peak_bytes, phase, self._allocator.peak_bytes() - self._before)
+        _raise_to(self.measured.held_bytes, phase, self._allocator.held_bytes() - self._before)
+        reserved = self._allocator.reserved_bytes()
+        if reserved is not None:
+            self.measured.reserved_bytes = max(self.measured.reserved_bytes or 0, reserved)
+
+
+def _raise_to(largest: dict[Phase, int], phase: Phase, value: int) -> None:
+    largest[phase] = max(largest[phase], value)

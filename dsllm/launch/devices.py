@@ -1,0 +1,61 @@
+"""This machine's own GPUs and their free memory, asked of the driver's program and without torch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from dsllm.units import MIB
+
+FIELDS = "index,uuid,name,memory.total,memory.used,memory.free"
+QUERY = ("nvidia-smi", f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits")
+SECONDS_TO_ANSWER = 10.0
+"""A driver that hangs must not hang a prediction."""
+
+
+@dataclass(frozen=True)
+class LocalGpu:
+    """One GPU as it is now."""
+
+    name: str
+    """As the driver has it, `NVIDIA A100-SXM4-40GB`."""
+    memory_bytes: int
+    used_bytes: int
+    """By processes; what the driver keeps for itself is neither used nor free."""
+    free_bytes: int
+
+
+def local_gpus() -> list[LocalGpu]:
+    """Those that a run may use, in the order of CUDA_VISIBLE_DEVICES; none where no driver answers."""
+    if shutil.which(QUERY[0]) is None:
+        return []
+    from dsllm.launch.command import selected_devices  # not needed where there is no driver, and not free
+
+    selected = selected_devices()
+    if selected == ():
+        return []
+    try:
+        answer = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=SECONDS_TO_ANSWER).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = [gpu for line in answer.splitlines() if (gpu := _gpu(line)) is not None]
+    if selected is None:
+        return [gpu for _, gpu in found]
+    return [gpu for one in selected for names, gpu in found if _is_named(one, names)]
+
+
+def _gpu(line: str) -> tuple[tuple[str, str], LocalGpu] | None:
+    """Index and UUID, and the GPU, of a line of the answer; None for one that has no memory of its own to tell."""
+    fields = [field.strip() for field in line.split(",")]
+    if len(fields) != 6 or not all(field.isdecimal() for field in fields[3:]):
+        return None
+    index, uuid, name = fields[:3]
+    total, used, free = (int(mib) * MIB for mib in fields[3:])
+    return (index, uuid), LocalGpu(name, total, used, free)
+
+
+def _is_named(selected: str, names: tuple[str, str]) -> bool:
+    """CUDA takes an index, or a UUID that may be cut short."""
+    index, uuid = names
+    return selected == index or (not selected.isdecimal() and uuid.startswith(selected))
