@@ -65,7 +65,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["dsllm", "dsllm.*"]),
-    package_data={"dsllm.plan": ["hardware.yaml"], "dsllm.spec": ["presets/*.yaml"]},
+    package_data={"dsllm.engine": ["*.cpp"], "dsllm.plan": ["hardware.yaml"], "dsllm.spec": ["presets/*.yaml"]},
     install_requires=LIGHT,
     extras_require={"train": TRAIN, "dev": DEV},
     entry_points={"console_scripts": ["dsllm = dsllm.cli.app:main"]},

@@ -2,7 +2,7 @@
 
 A row is a run of two steps. Measured is the largest sum of tensor bytes that torch's allocator held at any moment of
 forward, backward or step, on any rank; the device's runtime is not in it, nor in the prediction that it is set beside.
-Of GPUs it takes one and two, with larger models; without one, CPU ranks.
+On GPUs there are rows of full-sized presets besides, and what the allocator reserved is shown; without one, CPU ranks.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,9 @@ SIZES = {
     ("states", "fp32"): Size(12, 768, 12, 50257, 16, (1, 2)),  # GPT-2's 124M
     ("states", "bf16"): Size(12, 768, 12, 50257, 4, (1, 2)),
 }
-GPU_PRESETS = ("gpt2-124m", "llama-248m", "1b")
-FULL_SIZED = (
-    "data.sources=[{kind: python-stdlib}]",
-    "logging.wandb=null",
-    "training.tokens=1000000000",
-)
+# On a GPU: full-sized, with the text and the dashboards of the quick start, which need no network.
+PRESETS = {"gpt2-124m": 16, "llama-248m": 8, "1b": 4}
+LOCAL = ("data={sources: [{kind: python-stdlib}]}", "logging.wandb=null")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,21 @@ class Case:
     accumulation: int
 
     @property
+    def spec(self) -> str:
+        """What the overrides are for."""
+        return self.size if self.size in PRESETS else SPEC
+
+    @property
     def overrides(self) -> list[str]:
+        if self.size in PRESETS:
+            return [
+                *LOCAL,
+                f"batch.micro_batch_size={self.micro_batch_size}",
+                f"batch.global_batch_size={self.micro_batch_size * self.accumulation * self.ranks}",
+                f"training.precision={self.precision}",
+                f"training.activation_checkpointing={self.checkpointing}",
+                f"zero.stage={self.stage}",
+            ]
         size = SIZES[self.size, self.precision]
         key_value_heads = f", num_key_value_heads: {size.heads // 2}" if self.family == "llama" else ""
         return [
@@ -92,43 +104,46 @@ class Case:
         ]
 
 
-def cases(num_ranks: int) -> list[Case]:
-    """Every combination of family, stage, checkpointing, micro-batch and accumulation; sizes and precisions rotate."""
-    kinds = list(SIZES)
-    combinations = itertools.product(("gpt2", "llama"), (0, 1, 2, 3), ("none", "full"), (0, 1), (1, 4))
+def cases(num_ranks: int, device: str) -> list[Case]:
+    """Every combination of family, stage, checkpointing, micro-batch and accumulation; what dominates is dealt out."""
+    combinations = list(itertools.product(("gpt2", "llama"), (0, 1, 2, 3), ("none", "full"), (0, 1), (1, 4)))
+    kinds = [kind for kind, _ in zip(itertools.cycle(SIZES), combinations, strict=False)]
+    random.Random(num_ranks).shuffle(kinds)
     found = []
-    # a period that shares no divisor with the combinations' own, so that every kind meets every stage
-    for number, (family, stage, checkpointing, micro, accumulation) in enumerate(combinations):
-        size, precision = kinds[(number + number // 8 + 3 * num_ranks) % len(kinds)]
+    for (family, stage, checkpointing, micro, accumulation), (size, precision) in zip(combinations, kinds, strict=True):
         micro_batch_size = SIZES[size, precision].micro_batch_sizes[micro]
         found.append(Case(family, size, precision, stage, num_ranks, checkpointing, micro_batch_size, accumulation))
+    if device == "cuda":
+        full_sized = itertools.product(PRESETS.items(), (0, 1, 2, 3), ("none", "full"))
+        for (preset, micro_batch_size), stage, checkpointing in full_sized:
+            found.append(Case(preset, preset, "bf16", stage, num_ranks, checkpointing, micro_batch_size, 2))
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, choices=(1, 2), action="append", help="only so many; may be repeated")
-    parser.add_argument("--only", default="", help="only cases whose name has this text")
-    parser.add_argument("--output", default=None, help="name of the file in benchmarks/results")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="predict anew what an earlier run measured")
     args = parser.parse_args()
-    console = Console(width=140)
+    console = Console(width=160)
     device = _device()
     rows: list[dict[str, Any]] = []
     try:
-        for num_ranks in args.ranks or (1, 2):
-            chosen = [case for case in cases(num_ranks) if args.only in _name(case)]
-            with console.status(f"{len(chosen)} runs on {num_ranks} ranks"):
-                group = measure(chosen, num_ranks, device)
-            console.print(table(group, f"{num_ranks} rank(s), {device}"))
-            rows += group
+        if args.measured:
+            rows = predicted_anew(json.loads(args.measured.read_text()))
+        else:
+            for num_ranks in args.ranks or _possible_ranks(device):
+                chosen = cases(num_ranks, device)
+                with console.status(f"{len(chosen)} runs on {num_ranks} ranks"):
+                    rows += measure(chosen, num_ranks, device)
     except DsllmError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    console.print(table(rows, device))
     summary = summarise(rows)
-    console.print(json.dumps(summary, indent=2))
-    if args.output:
-        results = {"machine": describe_machine(), "device": device, **summary, "rows": rows}
-        console.print(f"Written to {write_results(args.output, results)}")
+    console.print_json(data=summary)
+    results = {"machine": describe_machine(), "device": device, **summary, "rows": rows}
+    console.print(f"Written to {write_results(f'estimate-accuracy-{device}.json', results)}")
     return 0 if summary["within_bounds"] else 1
 
 
@@ -136,26 +151,41 @@ def measure(chosen: Sequence[Case], num_ranks: int, device: str) -> list[dict[st
     """A row for each case."""
     with tempfile.TemporaryDirectory() as folder:
         given, output = Path(folder) / "cases.json", Path(folder) / "memory.json"
-        given.write_text(json.dumps([case.overrides for case in chosen]))
-        arguments = ["--spec", SPEC, "--cases", str(given), "--output", str(output)]
+        given.write_text(json.dumps([{"spec": case.spec, "overrides": case.overrides} for case in chosen]))
+        arguments = ["--cases", str(given), "--output", str(output)]
         start_ranks("benchmarks/memory_ranks.py", arguments, num_ranks, Path(folder) / "log", device)
         measured = json.loads(output.read_text())
-    return [row(case, on_ranks, device) for case, on_ranks in zip(chosen, measured, strict=True)]
+    return [row(case, worst_rank(on_ranks), device) for case, on_ranks in zip(chosen, measured, strict=True)]
 
 
-def row(case: Case, on_ranks: list[dict[str, Any]], device: str) -> dict[str, Any]:
+def worst_rank(on_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The largest peak of each phase, and of what was reserved, over the ranks."""
+    peaks = {phase: max(rank["peak_bytes"][phase] for rank in on_ranks) for phase in PHASES}
+    reserved = [rank["reserved_bytes"] for rank in on_ranks if rank["reserved_bytes"] is not None]
+    return {"phases": peaks, "reserved_bytes": max(reserved, default=None)}
+
+
+def predicted_anew(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run with today's predictions."""
+    names = [field.name for field in fields(Case)]
+    return [
+        row(Case(**{name: old[name] for name in names}), old["measured"], results["device"]) for old in results["rows"]
+    ]
+
+
+def row(case: Case, measured: dict[str, Any], device: str) -> dict[str, Any]:
     """Predicted beside measured, in bytes; the error is relative to what was measured."""
-    run = workload(load_spec(SPEC, case.overrides))
+    run = workload(load_spec(case.spec, case.overrides))
     estimate = estimate_memory(run, case.ranks, case.micro_batch_size, device=device)
     predicted = {phase: estimate.tensor_bytes(phase) for phase in PHASES}
-    measured = {phase: max(rank["peak_bytes"][phase] for rank in on_ranks) for phase in PHASES}
-    peak = max(measured.values())
+    peak = max(measured["phases"].values())
     return {
         **asdict(case),
         "predicted_bytes": max(predicted.values()),
         "measured_bytes": peak,
-        "error": max(predicted.values()) / peak - 1,
-        "phases": {phase: {"predicted": predicted[phase], "measured": measured[phase]} for phase in PHASES},
+        "error": round(max(predicted.values()) / peak - 1, 5),
+        "predicted": {"phases": predicted},
+        "measured": measured,
     }
 
 
@@ -172,34 +202,33 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]], title: str) -> Table:
-    shown = Table(
-        *("family", "largest", "type", "ZeRO", "ckpt", "micro", "acc", "predicted MiB", "measured MiB", "error"),
-        *PHASES,
-        title=title,
-    )
+def table(rows: list[dict[str, Any]], device: str) -> Table:
+    titles = ["family", "largest", "type", "ZeRO", "ranks", "ckpt", "micro", "acc", "predicted", "measured", "error"]
+    shown = Table(*titles, *PHASES, "reserved", title=f"Largest bytes of tensors, MiB ({device})")
     for row in rows:
+        settings = [row["family"], row["size"], row["precision"], row["stage"], row["ranks"], row["checkpointing"]]
         phases = [
-            f"{entry['predicted'] / MIB:.1f}/{entry['measured'] / MIB:.1f}" for entry in row["phases"].values()
+            f"{row['predicted']['phases'][phase] / MIB:.1f}/{row['measured']['phases'][phase] / MIB:.1f}"
+            for phase in PHASES
         ]
+        reserved = row["measured"]["reserved_bytes"]
         shown.add_row(
-            row["family"],
-            row["size"],
-            row["precision"],
-            str(row["stage"]),
-            row["checkpointing"],
+            *(str(setting) for setting in settings),
             str(row["micro_batch_size"]),
             str(row["accumulation"]),
             f"{row['predicted_bytes'] / MIB:,.1f}",
             f"{row['measured_bytes'] / MIB:,.1f}",
             f"{row['error']:+.1%}",
             *phases,
+            "" if reserved is None else f"{reserved / MIB:,.1f}",
         )
     return shown
 
 
-def _name(case: Case) -> str:
-    return f"{case.family} {case.size} {case.precision} stage{case.stage} {case.checkpointing}"
+def _possible_ranks(device: str) -> tuple[int, ...]:
+    import torch
+
+    return (1, 2) if device == "cpu" or torch.cuda.device_count() > 1 else (1,)
 
 
 def _device() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dsllm.engine.memory_meter import MemoryMeter
 from dsllm.engine.start import start_engine
 from dsllm.engine.trainer import train_step
 from dsllm.spec.load import load_spec
+from dsllm.spec.sections import Spec
 
 STEPS = 2
 """The optimizer makes some of its states in the first."""
@@ -25,26 +27,26 @@ STEPS = 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=Path, help="JSON list of lists of overrides")
+    parser.add_argument("--cases", type=Path, help="JSON list of {spec, overrides}")
     parser.add_argument("--output", type=Path, help="JSON list of each case's memory on each rank")
-    parser.add_argument("--spec", help="what the overrides are for")
     parser.add_argument("--local_rank", type=int)
     args = parser.parse_args()
 
     world = ranks.join()
     results = []
-    for overrides in json.loads(args.cases.read_text()):
+    for case in json.loads(args.cases.read_text()):
         on_ranks: list[Any] = [None] * world.size
-        torch.distributed.all_gather_object(on_ranks, measure(args.spec, overrides, world))
+        torch.distributed.all_gather_object(on_ranks, measure(load_spec(case["spec"], case["overrides"]), world))
         results.append(on_ranks)
         if world.rank == 0:
             args.output.write_text(json.dumps(results))
 
 
-def measure(spec_name: str, overrides: list[str], world: ranks.World) -> dict[str, Any]:
+def measure(spec: Spec, world: ranks.World) -> dict[str, Any]:
     """The peaks of one run on this rank."""
-    spec = load_spec(spec_name, overrides)
-    gc.collect()
+    gc.collect()  # engines hold themselves in cycles: the one before must not die while this is measured
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     memory = MemoryMeter(allocator(ranks.device_type()))
     if memory.measured is None:
         raise SystemExit("estimate_accuracy: memory on the CPU is counted by a library compiled here; install g++")
@@ -52,7 +54,7 @@ def measure(spec_name: str, overrides: list[str], world: ranks.World) -> dict[st
     engine = start_engine(spec, build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size))
     shape = (micro_batch_size, spec.batch.sequence_length)
 
-    def micro_batches():
+    def micro_batches() -> Iterator[dict[str, torch.Tensor]]:
         while True:
             tokens = torch.randint(spec.vocab_size, shape)
             yield {"input_ids": tokens, "labels": tokens}
@@ -62,7 +64,6 @@ def measure(spec_name: str, overrides: list[str], world: ranks.World) -> dict[st
         train_step(engine, batches, stop, memory)
     measured = asdict(memory.measured)
     engine.destroy()
-    del engine
     return measured
 
 

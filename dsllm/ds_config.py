@@ -97,9 +97,7 @@ def _optimizer(spec: Spec) -> dict[str, Any]:
     return {"type": "AdamW", "params": params}
 
 
-def _zero_optimization(
-    zero: ZeroSettings, shape: ModelShape, nvme_path: str | None, device: Device
-) -> dict[str, Any]:
+def _zero_optimization(zero: ZeroSettings, shape: ModelShape, nvme_path: str | None, device: Device) -> dict[str, Any]:
     if zero.stage == 0:
         return {"stage": 0}
     keys: dict[str, Any] = {
@@ -132,9 +130,7 @@ def _stage_3_keys(zero: ZeroSettings, shape: ModelShape) -> dict[str, Any]:
     }
 
 
-def _offload_keys(
-    zero: ZeroSettings, shape: ModelShape, nvme_path: str | None, device: Device
-) -> dict[str, Any]:
+def _offload_keys(zero: ZeroSettings, shape: ModelShape, nvme_path: str | None, device: Device) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     pin_memory = device == "cuda"  # speeds up copies to a GPU; on the CPU there are none
     if zero.offload_optimizer != "none":

@@ -60,11 +60,14 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     )
     from dsllm.checkpoint.save import save_checkpoint
     from dsllm.ds_config import build_ds_config
-    from dsllm.engine import evaluation, guards, inputs, metrics, ranks, schedule
+    from dsllm.engine import evaluation, guards, inputs, memory_report, metrics, ranks, schedule
+    from dsllm.engine.allocators import allocator
+    from dsllm.engine.memory_meter import MemoryMeter
     from dsllm.engine.run_folder import RunFolder, describe_run, log_to, make_passport
-    from dsllm.engine.start import start_engine
+    from dsllm.engine.start import loss_implementation, start_engine
     from dsllm.engine.trainer import train
     from dsllm.plan.batch import resolve_batch
+    from dsllm.plan.memory import estimate_memory
     from dsllm.plan.model_shape import model_shape
     from dsllm.plan.search import choose_micro_batch
     from dsllm.plan.workload import workload
@@ -82,16 +85,19 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
         ranks.on_rank_0(lambda: check_world_size(checkpoint, world.size))
 
     # What is to be done, on what.
-    micro_batch_size = choose_micro_batch(workload(spec), world.size, ranks.memory_bytes(world))
+    run, device = workload(spec, loss_implementation(spec)), ranks.device_type()
+    micro_batch_size = choose_micro_batch(run, world.size, ranks.memory_bytes(world), device)
+    predicted = estimate_memory(run, world.size, micro_batch_size, device=device)
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
-    ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size)
+    ds_config = build_ds_config(spec, world.size, device, micro_batch_size)
     data = inputs.ready_data(spec, folder)
-    passport = ranks.on_rank_0(lambda: make_passport(spec, world.size, data))
+    passport = ranks.on_rank_0(lambda: make_passport(spec, world.size, ranks.device_name(), data))
     if checkpoint is not None:
         ranks.on_rank_0(lambda: check_same_data(checkpoint, passport))
 
     # Model, state and data, at the same step.
+    memory = MemoryMeter(allocator(device))
     engine = start_engine(spec, ds_config)
     torch.manual_seed(spec.seed + world.rank)  # for dropout: weights and data have generators of their own
     with ranks.together():
@@ -100,7 +106,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
         validation = inputs.open_validation(data, spec, batch, world)
     ranks.on_rank_0(lambda: describe_run(folder, spec, ds_config, passport))
 
-    with metrics.open_recorder(spec, folder, batch, world, first_step, steps) as record:
+    with metrics.open_recorder(spec, folder, batch, world, first_step, steps, memory) as record:
         done = train(
             engine,
             micro_batches,
@@ -119,7 +125,10 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
             record=record,
             check=functools.partial(guards.check_loss, untrained_loss=guards.untrained_loss(model_shape(spec), spec)),
             stop=stop,
+            memory=memory,
         )
+    if memory.measured is not None:
+        memory_report.conclude(folder.memory, predicted, memory_report.memory_of_rank(engine, memory.measured))
     if done < steps:
         asked = stop.signal.name if stop.signal else "a signal to another rank"
         logger.info("stopped by %s after step %d of %d; saved: the same command goes on from there", asked, done, steps)

@@ -62,7 +62,7 @@ def test_a_step_is_one_object_with_the_promised_keys(folder: RunFolder) -> None:
 
 def test_a_validation_loss_stands_on_the_steps_that_have_one(folder: RunFolder) -> None:
     sink = jsonl_sink(folder.metrics, 0)
-    recorder = Recorder([sink], tokens_per_step=8, flops_per_token=1, peak_flops=None)
+    recorder = Recorder([sink], tokens_per_step=8, flops_per_token=1, peak_flops=None, memory=MemoryMeter(None))
     recorder(step_record(1, val_loss=6.5))
     recorder(step_record(2))
     assert [record.get("val_loss") for record in lines_of(folder)] == [6.5, None]
@@ -71,7 +71,10 @@ def test_a_validation_loss_stands_on_the_steps_that_have_one(folder: RunFolder) 
 def test_utilisation_is_the_share_of_the_peak_and_absent_where_that_is_unknown() -> None:
     seen: list[dict[str, Any]] = []
     for peak in (1e12, None):
-        Recorder([seen.append], tokens_per_step=1000, flops_per_token=10**8, peak_flops=peak)(step_record(1))
+        recorder = Recorder(
+            [seen.append], tokens_per_step=1000, flops_per_token=10**8, peak_flops=peak, memory=MemoryMeter(None)
+        )
+        recorder(step_record(1))
     assert seen[0]["mfu"] == pytest.approx(2000 * 1e8 / 1e12)
     assert "mfu" not in seen[1]
 
@@ -111,8 +114,20 @@ def test_an_infinite_number_is_null_because_json_has_no_infinity(folder: RunFold
     assert [record["grad_norm"] for record in lines_of(folder)] == [None, 1.0]
 
 
-def test_peak_memory_is_that_of_the_process() -> None:
-    assert 2**20 < peak_memory_bytes() < 2**40
+def test_peak_memory_is_that_of_the_process_where_tensors_are_not_counted() -> None:
+    assert 2**20 < peak_memory_bytes(MemoryMeter(None)) < 2**40
+
+
+def test_peak_memory_is_the_largest_of_the_phases() -> None:
+    counted = allocator("cpu")
+    if counted is None:
+        pytest.skip("no C++ compiler: memory is not counted on this CPU")
+    memory = MemoryMeter(counted)
+    with memory.phase("forward"):
+        torch.zeros(3 * 2**20, dtype=torch.uint8)
+    with memory.phase("step"):
+        torch.zeros(2**20, dtype=torch.uint8)
+    assert 3 * 2**20 <= peak_memory_bytes(memory) < 4 * 2**20
 
 
 def test_tensorboard_gets_a_scalar_for_each_number_and_forgets_what_a_resume_runs_again(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Spec
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
             patch.setenv(name, value)
-        describe_run(folder, spec, build_ds_config(spec, 2), make_passport(spec, 2, base / "data"))
+        describe_run(folder, spec, build_ds_config(spec, 2), make_passport(spec, 2, "cpu", base / "data"))
     return folder, spec
 
 
@@ -88,9 +88,9 @@ def test_no_file_of_the_folder_holds_a_key_or_the_environment(described: tuple[R
 def test_a_second_description_replaces_the_first(described: tuple[RunFolder, Spec], tmp_path: Path) -> None:
     folder, spec = described
     data = folder.path.parents[1] / "data"
-    describe_run(folder, spec, {"train_batch_size": 1}, make_passport(spec, 1, data))
+    describe_run(folder, spec, {"train_batch_size": 1}, make_passport(spec, 1, "cpu", data))
     assert json.loads(folder.ds_config.read_text()) == {"train_batch_size": 1}
-    describe_run(folder, spec, build_ds_config(spec, 2), make_passport(spec, 2, data))
+    describe_run(folder, spec, build_ds_config(spec, 2), make_passport(spec, 2, "cpu", data))
     assert not list(folder.path.glob("*.partial"))
 
 

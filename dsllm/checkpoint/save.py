@@ -26,7 +26,7 @@ from dsllm.checkpoint.layout import (
     unmark,
     write_latest,
 )
-from dsllm.engine.ranks import gather_texts
+from dsllm.engine.ranks import gather
 from dsllm.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _make_folder(folder: Path, writer: ForgivingCheckpointEngine) -> None:
 
 def _agree(writer: ForgivingCheckpointEngine, folder: Path) -> None:
     """Raise on every rank if any of them has a fault."""
-    faults = [(rank, fault) for rank, fault in enumerate(gather_texts(writer.fault)) if fault]
+    faults = [(rank, fault) for rank, fault in enumerate(gather(writer.fault)) if fault]
     if not faults:
         return
     if distributed.get_rank() == 0:

@@ -12,6 +12,8 @@ from dsllm.cli.options import AsJson, Overrides
 from dsllm.cli.plain import PlainCommand, one_of, whole_number
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from dsllm.model.trace import Trace
     from dsllm.plan.activations import Activations, Device
     from dsllm.plan.calibration import DeviceConstants
@@ -71,6 +73,7 @@ def estimate_memory(
 ) -> None:
     """Predict the memory of each GPU, term by term, which GPUs it fits, and else what to change."""
     from dsllm.cli.estimate_report import as_document, report
+    from dsllm.errors import UserError
     from dsllm.plan.hardware import gpu_named
 
     stages = tuple(int(stage) for stage in (STAGES if zero is None else (one_of("--zero", zero, STAGES),)))
@@ -78,11 +81,14 @@ def estimate_memory(
     world_size = whole_number("--gpus", gpus, "ranks")
     micro = None if micro_batch_size is None else whole_number("--micro-batch-size", micro_batch_size, "sequences")
     named = gpu_named(gpu) if gpu is not None else None
+    if named is not None and named.is_cpu != (on == "cpu"):
+        raise UserError(f"--gpu: given {named.name} with --device {on}; it is no such device; change either")
     way, count = _way(parameters, spec, config, overrides or [], world_size, micro)
-    traced = None
+    traced: Trace | None = None
+    network: str = way.run.shape.family
     if with_trace or config is not None:
-        way, traced = _traced(way, spec, config, overrides or [], on, with_trace)
-    asked = Asked(way, stages, count, on, named, _constants(named, on), traced)
+        way, traced, network = _traced(way, spec, config, overrides or [], on, with_trace)
+    asked = Asked(way, network, stages, count, on, named, _constants(named, on), traced)
     if as_json:
         documents = [as_document(asked, stage) for stage in stages]
         typer.echo(json.dumps(documents if zero is None else documents[0], indent=2))
@@ -95,6 +101,8 @@ class Asked:
     """What is to be predicted, and for which device."""
 
     given: Way
+    network: str
+    """The type of model, as Hugging Face has it."""
     stages: tuple[int, ...]
     parameters: int | None
     """Where their number is all that is known."""
@@ -166,8 +174,8 @@ def _way(
 
 def _traced(
     way: Way, spec: str | None, config: str | None, overrides: list[str], device: Device, with_trace: bool
-) -> tuple[Way, Trace]:
-    """The trace of the spec's network, or of the one that `config` names, and the run with that network's shape."""
+) -> tuple[Way, Trace, str]:
+    """The run with the spec's network, or the one that `config` names; the network's trace; and its type."""
     from importlib.util import find_spec
 
     from dsllm.errors import UserError
@@ -178,17 +186,32 @@ def _traced(
         raise UserError("--trace: given with --params, for which there is no network; give --spec, or --config")
     if find_spec("torch") is None:
         raise UserError("--trace: given on a machine without torch, which traces; pip install 'dsllm[train]'")
-    from dsllm.model.trace import config_of, trace
+    from dsllm.model.trace import trace
 
-    if config is not None:
-        network = config_of(config)
-    else:
+    if config is None:
         from dsllm.model.build import model_config
         from dsllm.spec.load import load_spec
 
         network = model_config(load_spec(str(spec), overrides))
-    found = trace(network, way.run, way.micro_batch_size, device)
-    return replace(way, run=replace(way.run, shape=found.shape)), found
+    else:
+        network, way = _around(way, config)
+    return way, trace(network, way.run, way.micro_batch_size, device), network.model_type
+
+
+def _around(way: Way, config: str) -> tuple[PretrainedConfig, Way]:
+    """The network that `config` names, and the run with it; a run that nobody gave is no longer than it reads."""
+    from dsllm.errors import UserError
+    from dsllm.model.trace import config_of, traced_shape
+
+    network = config_of(config)
+    shape = traced_shape(network)
+    tokens, limit = way.run.sequence_length, shape.max_position_embeddings
+    if tokens > limit and way.has_batch:
+        raise UserError(f"--config: given a network that reads at most {limit} tokens; lower batch.sequence_length")
+    # GPT-2's name of it; the newer families have none
+    dropout = float(getattr(network, "resid_pdrop", 0.0))
+    run = replace(way.run, shape=shape, sequence_length=min(tokens, limit), dropout=dropout)
+    return network, replace(way, run=run)
 
 
 def _count(text: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dsllm.plan.hardware import Gpu
     from dsllm.plan.memory import MemoryEstimate, Terms
 
-BAR_WIDTH, SHORT_BAR_WIDTH = 30, 10
+BAR_WIDTH, SHORT_BAR_WIDTH = 30, 12
 WORTH_A_NOTE = 0.01
 """Share of a stage's peak by which it must exceed a lower stage's to be remarked upon."""
 
@@ -61,7 +61,7 @@ def _head(asked: Asked, estimate: MemoryEstimate) -> str:
     unit = "GPU" if asked.device == "cuda" else "CPU rank"
     return (
         f"{format_count(estimate.parameters)} parameters: {shape.num_layers} layers x {shape.hidden_size}, "
-        f"{shape.num_attention_heads} heads, {shape.vocab_size:,} tokens ({shape.family})"
+        f"{shape.num_attention_heads} heads, {shape.vocab_size:,} tokens ({asked.network})"
         + (", a typical shape of that size; " if asked.parameters else "; ")
         + f"{way.micro_batch_size} x {run.sequence_length} tokens a forward, {run.precision}, "
         f"activation checkpointing {run.activation_checkpointing}; {stage}{_number(way.world_size, unit)}"
@@ -96,26 +96,24 @@ def _with_share(size: int, whole: int) -> tuple[str, str, str]:
 
 
 def _print_stages(estimates: Sequence[MemoryEstimate]) -> None:
-    """GiB of each term, a row for each stage."""
+    """Each term in a row, each stage in a column: narrow enough for any terminal."""
     from dsllm.cli.tables import print_table
-    from dsllm.units import GIB
+    from dsllm.units import GIB, MIB
 
     largest = max(estimate.peak.total_bytes for estimate in estimates)
-    names = [name for name, _ in _named(estimates[0].peak)]
-    print_table(
-        ["ZeRO stage", *names, "peak GiB", "in", "host GiB", "peak"],
-        [
-            (
-                str(estimate.zero_stage),
-                *(f"{size / GIB:.2f}" for _, size in _named(estimate.peak)),
-                f"{estimate.peak.total_bytes / GIB:.2f}",
-                estimate.peak_phase,
-                f"{estimate.host_bytes / GIB:.2f}",
-                bar(estimate.peak.total_bytes, largest, SHORT_BAR_WIDTH),
-            )
-            for estimate in estimates
-        ],
-    )
+    unit, digits = ("GiB", 2) if largest >= 2 * GIB else ("MiB", 1)
+
+    def row(name: str, sizes: Iterable[int]) -> tuple[str, ...]:
+        return name, *(f"{size / (GIB if unit == 'GiB' else MIB):.{digits}f}" for size in sizes)
+
+    terms = zip(*(_named(estimate.peak) for estimate in estimates), strict=True)
+    rows = [row(of_each[0][0], (size for _, size in of_each)) for of_each in terms]
+    rows.append(row("peak", (estimate.peak.total_bytes for estimate in estimates)))
+    rows.append(("", *(bar(estimate.peak.total_bytes, largest, SHORT_BAR_WIDTH) for estimate in estimates)))
+    rows.append(("in", *(estimate.peak_phase for estimate in estimates)))
+    if any(estimate.host_bytes for estimate in estimates):
+        rows.append(row("host memory", (estimate.host_bytes for estimate in estimates)))
+    print_table([unit, *(f"ZeRO stage {estimate.zero_stage}" for estimate in estimates)], rows)
 
 
 def bar(size: int, whole: int, width: int = BAR_WIDTH) -> str:
@@ -134,26 +132,42 @@ def _number(count: int, unit: str) -> str:
     return f"{count} {unit}" + ("s" if count > 1 else "")
 
 
+MOMENTS = {
+    "saved_bytes": "activations saved for backward",
+    "loss_forward_bytes": "loss in forward",
+    "loss_backward_bytes": "loss in backward",
+    "block_backward_bytes": "last block in backward",
+    "first_block_bytes": "first block in backward",
+}
+
+
 def _print_traced(asked: Asked, estimates: Sequence[MemoryEstimate]) -> None:
-    """Arithmetic beside trace, a row for each term of each stage."""
+    """Arithmetic beside trace: what a micro-batch leaves, and the peak of each stage with it."""
     from dsllm.cli.tables import print_table
-
-    assert asked.trace is not None
-    rows = []
-    for estimate in estimates:
-        traced = asked.predict(asked.at_stage(estimate.zero_stage), asked.trace.activations)
-        both = zip(_named(estimate.peak), _named(traced.peak), strict=True)
-        rows += [_compared(f"stage {estimate.zero_stage} {name}", size, found) for (name, size), (_, found) in both]
-        rows.append(_compared(f"stage {estimate.zero_stage} peak", estimate.peak.total_bytes, traced.peak.total_bytes))
-    print_table(["term", "arithmetic", "traced", "difference", ""], rows)
-
-
-def _compared(name: str, calculated: int, traced: int) -> tuple[str, ...]:
     from dsllm.units import format_bytes
 
-    difference = calculated - traced
-    share = f"{difference / traced:+.1%}" if traced else ""
-    return name, format_bytes(calculated), format_bytes(traced), format_bytes(difference), share
+    rows = [
+        (name, format_bytes(calculated), format_bytes(traced), _difference(calculated, traced))
+        for name, calculated, traced in _compared(asked, estimates)
+    ]
+    print_table(["of a micro-batch, and in all", "arithmetic", "traced", "difference"], rows)
+
+
+def _compared(asked: Asked, estimates: Sequence[MemoryEstimate]) -> Iterator[tuple[str, int, int]]:
+    """Name, and bytes by arithmetic and by trace."""
+    from dsllm.plan.activations import activations
+
+    assert asked.trace is not None
+    way, traced = asked.given, asdict(asked.trace.activations)
+    for term, calculated in asdict(activations(way.run, way.micro_batch_size, asked.device)).items():
+        yield MOMENTS[term], calculated, traced[term]
+    for estimate in estimates:
+        peak = asked.predict(asked.at_stage(estimate.zero_stage), asked.trace.activations).peak
+        yield f"peak at stage {estimate.zero_stage}", estimate.peak.total_bytes, peak.total_bytes
+
+
+def _difference(calculated: int, traced: int) -> str:
+    return f"{calculated / traced - 1:+.1%}" if traced else "-" if calculated == traced else "not traced"
 
 
 # --- notes ------------------------------------------------------------------------------------------------------------
@@ -213,6 +227,9 @@ def _print_fits(asked: Asked, estimates: Sequence[MemoryEstimate]) -> None:
     from dsllm.plan.hardware import gpus
 
     considered = (asked.gpu,) if asked.gpu else gpus()
+    precision = asked.given.run.precision
+    if asked.gpu and precision not in asked.gpu.flops:
+        typer.echo(f"note: {asked.gpu.name} has no arithmetic in {precision}; set training.precision to another")
     for estimate in estimates:
         typer.echo(_fit(estimate, considered, in_full=len(estimates) == 1))
     for line in _own(local_gpus(), estimates):
@@ -312,12 +329,14 @@ def _advised(asked: Asked, advice: Advice, target: Gpu, aim: str) -> str:
 
 
 def _typed(asked: Asked, advice: Advice) -> str:
-    """The options of this command that say it; fields without one are set in a spec."""
+    """The options that say it; fields that no option sets beside --params are named as those of a spec."""
     options = {} if asked.given.has_batch else {"zero.stage": "--zero", "batch.micro_batch_size": "--micro-batch-size"}
-    words = [
-        f"{options[name]} {value}" if name in options else f"--set {name}={value}"
-        for name, value in advice.settings.items()
-    ]
+    words = [f"{options[name]} {value}" for name, value in advice.settings.items() if name in options]
+    others = [f"{name}={value}" for name, value in advice.settings.items() if name not in options]
+    if asked.given.has_batch:
+        words += [f"--set {setting}" for setting in others]
     if advice.world_size is not None:
         words.append(f"--gpus {advice.world_size}")
+    if others and not asked.given.has_batch:
+        words.append(("and " if words else "") + f"a spec with {', '.join(others)}")
     return " ".join(words) or "the run as it is"

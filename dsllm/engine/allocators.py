@@ -1,4 +1,4 @@
-"""What torch's allocator holds now and held at most: CUDA's own statistics, and a counter on the CPU, which keeps none."""
+"""What torch's allocator holds now, and held at most: CUDA keeps statistics, for the CPU there is a counter here."""
 
 from __future__ import annotations
 

@@ -16,13 +16,14 @@ class MeasuredMemory:
 
     peak_bytes: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     """At any moment of the phase."""
-    held_bytes: dict[Phase, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
-    """At the end of the phase."""
+    kept_bytes: int = 0
+    """Before a forward: what stays from one micro-batch to the next."""
     reserved_bytes: int | None = None
     """What the allocator took from the device for it, gaps included; None where it does not tell."""
 
     @property
-    def largest_peak_bytes(self) -> int:
+    def largest_bytes(self) -> int:
+        """The peak of all phases."""
         return max(self.peak_bytes.values())
 
 
@@ -41,14 +42,13 @@ class MemoryMeter:
         if self._allocator is None or self.measured is None:
             yield
             return
+        measured = self.measured
+        if phase == "forward":
+            measured.kept_bytes = max(measured.kept_bytes, self._allocator.held_bytes() - self._before)
         self._allocator.reset_peak()
         yield
-        _raise_to(self.measured.peak_bytes, phase, self._allocator.peak_bytes() - self._before)
-        _raise_to(self.measured.held_bytes, phase, self._allocator.held_bytes() - self._before)
+        peak = self._allocator.peak_bytes() - self._before
+        measured.peak_bytes[phase] = max(measured.peak_bytes[phase], peak)
         reserved = self._allocator.reserved_bytes()
         if reserved is not None:
-            self.measured.reserved_bytes = max(self.measured.reserved_bytes or 0, reserved)
-
-
-def _raise_to(largest: dict[Phase, int], phase: Phase, value: int) -> None:
-    largest[phase] = max(largest[phase], value)
+            measured.reserved_bytes = max(measured.reserved_bytes or 0, reserved)

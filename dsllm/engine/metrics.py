@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dsllm.engine import ranks
+from dsllm.engine.memory_meter import MemoryMeter
 from dsllm.engine.progress import ProgressReport
 from dsllm.engine.run_folder import RunFolder
 from dsllm.plan.batch import BatchPlan
@@ -35,13 +36,20 @@ class Recorder:
     """Completes the record of a step and hands it to every sink; `sinks` is empty on ranks other than 0."""
 
     def __init__(
-        self, sinks: Sequence[Sink], *, tokens_per_step: int, flops_per_token: int, peak_flops: float | None
+        self,
+        sinks: Sequence[Sink],
+        *,
+        tokens_per_step: int,
+        flops_per_token: int,
+        peak_flops: float | None,
+        memory: MemoryMeter,
     ) -> None:
         """`peak_flops` is what all ranks together can do in a second, None where it is not known."""
         self._sinks = sinks
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
+        self._memory = memory
 
     def __call__(self, record: Record) -> None:
         """Add what follows from the step and its seconds: tokens, their rate, utilisation, memory."""
@@ -52,7 +60,7 @@ class Recorder:
             **record,
             "tokens": record["step"] * self._tokens_per_step,
             "tokens_per_second": rate,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(self._memory),
         }
         if self._peak_flops:
             full["mfu"] = rate * self._flops_per_token / self._peak_flops
@@ -60,16 +68,22 @@ class Recorder:
             sink(full)
 
 
-def peak_memory_bytes() -> int:
-    """Largest memory so far: what torch's allocator held on a GPU, the resident set of the process on the CPU."""
-    if ranks.device_type() == "cuda":
-        return int(torch.cuda.max_memory_allocated())
+def peak_memory_bytes(memory: MemoryMeter) -> int:
+    """Largest memory so far: what torch's allocator held or, where that is not measured, the process's resident set."""
+    if memory.measured is not None:
+        return memory.measured.largest_bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
 
 
 @contextmanager
 def open_recorder(
-    spec: Spec, folder: RunFolder, batch: BatchPlan, world: ranks.World, first_step: int, train_steps: int
+    spec: Spec,
+    folder: RunFolder,
+    batch: BatchPlan,
+    world: ranks.World,
+    first_step: int,
+    train_steps: int,
+    memory: MemoryMeter,
 ) -> Iterator[Recorder]:
     """A recorder to the screen and everything that the spec asks for, of a run that goes on after `first_step`."""
     shape = model_shape(spec)
@@ -87,6 +101,7 @@ def open_recorder(
             tokens_per_step=batch.tokens_per_step,
             flops_per_token=flops_per_token(shape, batch.sequence_length),
             peak_flops=peak_flops(spec, world),
+            memory=memory,
         )
 
 

@@ -58,6 +58,11 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def device_name() -> str:
+    """What CUDA calls the accelerator, as `NVIDIA A100-SXM4-40GB`; `cpu`."""
+    return torch.cuda.get_device_name() if device_type() == "cuda" else "cpu"
+
+
 def memory_bytes(world: World) -> int:
     """Memory that every rank has: that of the smallest accelerator, or an equal share of the smallest host."""
     if device_type() == "cuda":
@@ -80,11 +85,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather_texts(text: str | None) -> list[str | None]:
-    """One short text from every rank, in the order of ranks, on every rank."""
-    texts: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(texts, text)
-    return texts
+def gather(value: T) -> list[T]:
+    """One small object from every rank, in the order of ranks, on every rank."""
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
@@ -112,8 +117,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         fault = error
-    faults: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(faults, fault and (str(fault), getattr(fault, "exit_code", 1)))
+    faults = gather(fault and (str(fault), getattr(fault, "exit_code", 1)))
     if fault is not None:
         raise fault
     for rank, other in enumerate(faults):

@@ -29,17 +29,18 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.tokenizer = path / "tokenizer"
         self.checkpoints = path / "checkpoints"
+        self.memory = path / "memory.json"
         self.logs = path / "logs"
 
 
 def describe_run(folder: RunFolder, spec: Spec, ds_config: dict[str, Any], passport: dict[str, Any]) -> None:
     """Write the spec, DeepSpeed's JSON and the passport. Rank 0 only."""
-    _write(folder.spec, dump_spec(spec))
-    _write(folder.ds_config, json.dumps(ds_config, indent=2) + "\n")
-    _write(folder.passport, json.dumps(passport, indent=2) + "\n")
+    write_whole(folder.spec, dump_spec(spec))
+    write_whole(folder.ds_config, json.dumps(ds_config, indent=2) + "\n")
+    write_whole(folder.passport, json.dumps(passport, indent=2) + "\n")
 
 
-def make_passport(spec: Spec, world_size: int, data: Path) -> dict[str, Any]:
+def make_passport(spec: Spec, world_size: int, device: str, data: Path) -> dict[str, Any]:
     """What a run was made with: enough to compare two runs, nothing of the environment, which may hold keys."""
     return {
         "dsllm": __version__,
@@ -47,6 +48,7 @@ def make_passport(spec: Spec, world_size: int, data: Path) -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "world_size": world_size,
+        "device": device,
         "seed": spec.seed,
         "data_hash": manifest_hash(data),
         "tokenizer_hash": read_manifest(data).tokenizer_sha256,
@@ -76,7 +78,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Whole or not at all: a reader never sees half a file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)

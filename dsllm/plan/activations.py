@@ -58,13 +58,14 @@ def activations(run: Workload, micro_batch_size: int, device: Device) -> Activat
     checkpointed = -(-run.shape.num_layers // every) if every else 0
     kept = (run.shape.num_layers - checkpointed) * block + checkpointed * boundary
     final_norm = _norm_bytes_per_token(run) - boundary  # its output is the loss's input, and counted there
-    # The last block is checkpointed unless it is the second of a pair; the gradient of the final norm is done by then.
-    again = _recomputed_bytes_per_token(run, block) if every else 0
+    last_is_checkpointed = every is not None and (run.shape.num_layers - 1) % every == 0
+    again = _recomputed_bytes_per_token(run, block) if last_is_checkpointed else 0
     loss_forward, loss_backward = _loss_bytes(run, tokens, device)
     return Activations(
         saved_bytes=tokens * (kept + final_norm + _embedding_mask_bytes(run, device)),
         loss_forward_bytes=loss_forward,
         loss_backward_bytes=loss_backward,
+        # the final norm is done by then
         block_backward_bytes=tokens * (again + _block_gradients_per_token(run) - final_norm),
         first_block_bytes=tokens * (block + _block_gradients_per_token(run)),
     )
@@ -158,8 +159,7 @@ def _chunked_loss(run: Workload, tokens: int, hidden: int, device: Device) -> tu
     """The hidden states and their gradient; the projection's gradient, which adds up in fp32 and waits for backward in
     the type of the weights (fp16: in fp32); the logits of one piece. Backward scales into new tensors."""
     element, projection = run.element_bytes, run.shape.embedding_parameters
-    pieces = -(-4 * tokens * run.shape.padded_vocab_size // CHUNK_LOGITS_BYTES)
-    logits = -(-tokens // pieces) * run.shape.padded_vocab_size
+    logits = min(tokens, max(1, CHUNK_LOGITS_BYTES // (4 * run.shape.padded_vocab_size))) * run.shape.padded_vocab_size
     product = 0 if element == 4 else min(PRODUCT_BYTES, element * projection)
     cast = product * 4 // element if device == "cpu" else 0  # CUDA adds 16 bits to fp32 without a copy
     piece = 4 * logits if element == 4 else (4 + element) * logits + product + cast

@@ -13,8 +13,7 @@ Changes are tried in the order of what they cost, each from its mildest form:
 6. optimizer states on the host: every step waits for the host's Adam and its link (arXiv:2101.06840);
 7. parameters on the host: every forward and backward waits for the link.
 
-One change before two, two before three; of as many, those whose costliest is cheapest. Where three do not do it, all
-of them together are the last attempt.
+One change before two, two before three; of as many, those whose costliest is cheapest.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ from dsllm.plan.way import Way
 from dsllm.plan.workload import Checkpointing
 
 LARGEST_WORLD = 4096
-LARGEST_COMBINATION = 3
+LARGEST_GRADED = 3
+"""Changes at once of which every form is tried."""
 CHECKPOINTINGS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
 
@@ -89,13 +89,16 @@ def _host_holds(way: Way, gpu: Gpu, estimate: MemoryEstimate) -> bool:
 
 
 def _attempts(given: Way, changes: Sequence[Change]) -> Iterator[Way]:
-    """Every combination of up to three changes, the cheapest first; then all at their strongest."""
-    for size in range(1, LARGEST_COMBINATION + 1):
+    """Every combination of changes, the smallest and cheapest first; of more than a few only their strongest forms."""
+    for size in range(1, len(changes) + 1):
         # the costliest change decides, then the next
         ordered = sorted(combinations(range(len(changes)), size), key=lambda chosen: chosen[::-1])
         for chosen in ordered:
-            yield from _applied(given, [changes[index] for index in chosen])
-    yield _at_their_strongest(given, changes)
+            combination = [changes[index] for index in chosen]
+            if size <= LARGEST_GRADED:
+                yield from _applied(given, combination)
+            else:
+                yield _at_their_strongest(given, combination)
 
 
 def _applied(way: Way, changes: Sequence[Change]) -> Iterator[Way]:

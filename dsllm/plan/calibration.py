@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsllm.errors import UserError
-from dsllm.plan.hardware import CPU, Gpu, gpu_of_device
+from dsllm.plan.hardware import Gpu, gpu_of_device
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,15 @@ def write_constants(path: Path, constants: DeviceConstants) -> None:
 def constants_of_run(path: Path) -> DeviceConstants:
     """What a run's `memory.json` says of its device. Raises UserError where nothing of the kind was measured there."""
     document = _read_json(path)
-    measured = document.get("measured") if isinstance(document, Mapping) else None
-    device = document.get("device") if isinstance(document, Mapping) else None
-    runtime_bytes = measured.get("runtime_bytes") if isinstance(measured, Mapping) else None
-    if not isinstance(device, str) or not isinstance(runtime_bytes, int):
+    try:
+        measured = document["measured"]
+        runtime_bytes, peak_bytes = int(measured["runtime_bytes"]), max(measured["peak_bytes"].values())
+        ratio = reserved_ratio(measured["reserved_bytes"], peak_bytes)
+        return DeviceConstants(str(document["device"]), runtime_bytes, ratio, str(path.parent))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: no memory beside tensors was measured there; take a run on a GPU, or calibrate without --from"
-        )
-    assert isinstance(measured, Mapping)
-    ratio = reserved_ratio(measured.get("reserved_bytes"), max(measured.get("peak_bytes", {}).values(), default=0))
-    return DeviceConstants(device, runtime_bytes, ratio, str(path.parent))
+        ) from error
 
 
 def reserved_ratio(reserved_bytes: int | None, tensor_bytes: int) -> float | None:
@@ -83,7 +82,7 @@ def constants_of_gpu(known: Mapping[str, DeviceConstants], gpu: Gpu) -> DeviceCo
         found = gpu_of_device(name)
         if found is not None and found.name == gpu.name:
             return known[name]
-    return known.get(CPU) if gpu.is_cpu else None
+    return None
 
 
 def _without_name(constants: DeviceConstants) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a run holds on each GPU, as a sum of named terms: the largest that it comes to in forward, backward and step.
 
-Weights, gradients and optimizer states are in states.py, what a micro-batch leaves in activations.py; here they meet.
+Weights and optimizer states are in states.py, gradients and buckets in moments.py, what a micro-batch leaves in
+activations.py; here they meet.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from typing import Any, Literal
 from dsllm.plan import states
 from dsllm.plan.activations import Activations, Device, activations
 from dsllm.plan.hardware import gpus
+from dsllm.plan.moments import Held, Moment, moments
 from dsllm.plan.workload import Workload
 from dsllm.units import GIB
 
 Phase = Literal["forward", "backward", "step"]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "step")
 
-PHASE_OF: Mapping[states.Moment, Phase] = {
+PHASE_OF: Mapping[Moment, Phase] = {
     "between": "step",
+    "head_fetch": "forward",
     "forward": "forward",
     "loss_backward": "backward",
     "last_block": "backward",
@@ -53,7 +56,16 @@ class Terms:
 
     @property
     def total_bytes(self) -> int:
-        return sum(asdict(self).values())
+        return (
+            self.parameters_bytes
+            + self.gradients_bytes
+            + self.optimizer_bytes
+            + self.activations_bytes
+            + self.logits_bytes
+            + self.communication_bytes
+            + self.temporaries_bytes
+            + self.runtime_bytes
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,8 @@ class MemoryEstimate:
     zero_stage: int
     world_size: int
     phases: Mapping[Phase, Terms]
+    kept: Terms
+    """What stays from one micro-batch to the next."""
     host_bytes: int
     """Host memory of all ranks together, for what is offloaded."""
 
@@ -128,22 +142,28 @@ def estimate_memory(
         runtime_bytes = RUNTIME_BYTES if device == "cuda" else 0
     acts = traced or activations(run, micro_batch_size, device)
     always = Terms(states.parameters_bytes(layout), 0, states.optimizer_bytes(layout), runtime_bytes=runtime_bytes)
+    held = moments(layout)
     return MemoryEstimate(
         parameters=parameters or run.shape.parameters,
         allocated_parameters=layout.parameters,
         zero_stage=run.zero.stage,
         world_size=world_size,
-        phases=_phases(always, states.moments(layout), acts, layout),
+        phases=_phases(always, held, acts, layout),
+        kept=replace(
+            always,
+            gradients_bytes=held["between"].gradients,
+            communication_bytes=held["between"].communication,
+        ),
         host_bytes=states.host_bytes(layout),
     )
 
 
 def _phases(
-    always: Terms, moments: Mapping[states.Moment, states.Held], acts: Activations, layout: states.Layout
+    always: Terms, held_at: Mapping[Moment, Held], acts: Activations, layout: states.Layout
 ) -> dict[Phase, Terms]:
     """The largest moment of each phase."""
     largest: dict[Phase, Terms] = {}
-    for moment, held in moments.items():
+    for moment, held in held_at.items():
         kept, logits, gradients = _of_micro_batch(moment, acts, layout)
         terms = replace(
             always,
@@ -159,9 +179,11 @@ def _phases(
     return largest
 
 
-def _of_micro_batch(moment: states.Moment, acts: Activations, layout: states.Layout) -> tuple[int, int, int]:
+def _of_micro_batch(moment: Moment, acts: Activations, layout: states.Layout) -> tuple[int, int, int]:
     """Activations, the loss's share and gradients of activations at a moment."""
     saved, in_flight = acts.saved_bytes, max(0, acts.block_backward_bytes)
+    if moment == "head_fetch":
+        return saved, 0, 0
     if moment == "forward":
         return saved, acts.loss_forward_bytes, 0
     if moment == "loss_backward":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dsllm.errors import UserError
+from dsllm.plan.activations import Device
 from dsllm.plan.batch import micro_batch_choices
 from dsllm.plan.cost import Cost, Machine, run_cost, step_time
 from dsllm.plan.hardware import Gpu
@@ -32,7 +33,7 @@ OFFLOADS: dict[int, tuple[tuple[OffloadDevice, OffloadDevice], ...]] = {
 """Where optimizer states and parameters may live, by stage."""
 
 
-def choose_micro_batch(run: Workload, world_size: int, device_memory_bytes: int) -> int:
+def choose_micro_batch(run: Workload, world_size: int, device_memory_bytes: int, device: Device = "cuda") -> int:
     """Sequences per forward on each rank: the run's own number, or for `auto` the largest that is predicted to fit.
 
     Only sizes that divide a rank's share of the global batch are considered, and 1 is taken where nothing fits: the
@@ -41,14 +42,21 @@ def choose_micro_batch(run: Workload, world_size: int, device_memory_bytes: int)
     if run.micro_batch_size is not None:
         return run.micro_batch_size
     sizes = micro_batch_choices(run.global_batch_size, world_size)
-    fitting = [size for size in sizes if estimate_memory(run, world_size, size).fits(device_memory_bytes)]
+    fitting = [size for size in sizes if _memory(run, world_size, size, device).fits(device_memory_bytes)]
     return max(fitting, default=1)
 
 
 @lru_cache(maxsize=50_000)
-def _memory(run: Workload, world_size: int, micro_batch_size: int) -> MemoryEstimate:
+def _memory(
+    run: Workload, world_size: int, micro_batch_size: int, device: Device = "cuda", runtime_bytes: int | None = None
+) -> MemoryEstimate:
     """The estimate, kept: a comparison of GPUs asks for each one once for every GPU."""
-    return estimate_memory(run, world_size, micro_batch_size)
+    return estimate_memory(run, world_size, micro_batch_size, device=device, runtime_bytes=runtime_bytes)
+
+
+def _memory_on(machine: Machine, run: Workload, micro_batch_size: int) -> MemoryEstimate:
+    gpu = machine.gpu
+    return _memory(run, machine.world_size, micro_batch_size, "cpu" if gpu.is_cpu else "cuda", gpu.runtime_bytes)
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,7 @@ def _fit(run: Workload, machine: Machine, sizes: Sequence[int], conditions: Cond
     if run.precision not in gpu.flops:
         return Misfit(run, machine, f"{run.precision} is not in the hardware of {gpu.name}")
     micro = _largest_fitting(run, machine, sizes)
-    memory = _memory(run, machine.world_size, micro)
+    memory = _memory_on(machine, run, micro)
     if not memory.fits(gpu.memory_bytes):
         return _too_large(run, machine, micro, memory)
     short = _host_bytes(machine, memory) - round(HOST_SHARE * gpu.host_memory_bytes)
@@ -179,7 +187,7 @@ def _largest_fitting(run: Workload, machine: Machine, sizes: Sequence[int]) -> i
     """Of ascending sizes; the smallest where none fits. Without accumulation a run may hold less than with it."""
 
     def too_large(size: int) -> bool:
-        return not _memory(run, machine.world_size, size).fits(machine.gpu.memory_bytes)
+        return not _memory_on(machine, run, size).fits(machine.gpu.memory_bytes)
 
     if not too_large(sizes[-1]):
         return sizes[-1]

@@ -1,0 +1,284 @@
+"""The bytes that any Hugging Face causal language model holds, by running it on tensors that hold nothing.
+
+One forward and one backward pass of the real model under torch's FakeTensorMode: every operation works out the shapes
+of its results, and none is computed or allocated. What is alive follows from the storages' births and deaths.
+
+The fake tensors are always on the CPU, since a torch without CUDA cannot differentiate fake CUDA ones and an answer
+should not depend on the machine. For a CUDA device the kernels that differ there are put in their place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    masking_utils,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dsllm.errors import UserError
+from dsllm.model.build import DTYPES, build_model, enable_activation_checkpointing
+from dsllm.model.cuda_kernels import cuda_kernels, replaced
+from dsllm.model.ledger import Ledger
+from dsllm.model.loss import TrainingModel
+from dsllm.plan.activations import Activations
+from dsllm.plan.model_shape import ModelShape, Tensor
+from dsllm.plan.workload import Workload
+
+Device = Literal["cuda", "cpu"]
+
+CHECKPOINTED_BLOCKS = {"selective": 2, "full": 1}
+"""Every how many blocks activations are computed again, as the engine has it."""
+
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
+
+
+@dataclass(frozen=True)
+class TracedShape(ModelShape):
+    """The sizes of a model of any type, counted on the built model instead of by the formulas of two families.
+
+    `family` names the nearer one, for what is not counted here: FLOPs and traffic.
+    """
+
+    traced_tensors: tuple[Tensor, ...]
+    """Every parameter once, in the order of the modules."""
+    embedding_elements: int
+    """Of the token embedding."""
+    block_elements: int
+    """Of the largest block."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.traced_tensors
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.elements for tensor in self.traced_tensors)
+
+    @property
+    def allocated_parameters(self) -> int:
+        """The same: a Hugging Face config states the rows that exist."""
+        return self.parameters
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.embedding_elements
+
+    @property
+    def parameters_per_layer(self) -> int:
+        return self.block_elements
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one micro-batch on one rank without ZeRO holds."""
+
+    shape: TracedShape
+    activations: Activations
+    forward_peak_bytes: int
+    """Weights and activations, the loss included, at most."""
+    backward_peak_bytes: int
+    """Weights, gradients and activations, at most."""
+
+
+def trace(config: PretrainedConfig, run: Workload, micro_batch_size: int, device: Device) -> Trace:
+    """Run the model of `config` once, forward and backward, on tensors that take no memory.
+
+    Of `run` it takes precision, sequence length, checkpointing, attention and loss; dropout is the config's. Bytes are
+    those of `device`: on "cuda", of an Ampere GPU or a later one, in multiples of 512. Raises UserError for a model
+    that cannot run so.
+    """
+    if run.loss == "fused":
+        raise UserError("training.loss: given fused, whose kernels cannot be traced; trace with chunked or plain")
+    _check_is_causal(config, config.model_type)
+    try:
+        return _trace(_prepared(config, run), run, micro_batch_size, device)
+    except DATA_DEPENDENT as error:
+        raise UserError(
+            f"model type {config.model_type}: it decides by the values of tensors, and a trace has none "
+            f"({type(error).__name__}); give a model whose work is the same for every token"
+        ) from error
+
+
+def traced_shape(config: PretrainedConfig) -> TracedShape:
+    """The sizes of the model of `config`, built without memory. Raises UserError for what is no causal model."""
+    _check_is_causal(config, config.model_type)
+    with FakeTensorMode():
+        return _shape(build_model(_without_cache(config), torch.bfloat16))
+
+
+def config_of(path: str | Path) -> PretrainedConfig:
+    """The configuration in a model's folder, or in its config.json; nothing is downloaded.
+
+    Raises UserError where there is none, or none of a causal language model that transformers knows.
+    """
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"{path}: no config.json there; give a Hugging Face model's folder, or its config.json")
+    try:
+        config = AutoConfig.from_pretrained(str(file), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{file}: not a config that this transformers can read ({reason}); check its model_type"
+        ) from error
+    _check_is_causal(config, str(file))
+    return config
+
+
+def differences(arithmetic: Any, traced: Any) -> dict[str, float]:
+    """How much more the arithmetic says than the trace, for each field of two equal dataclasses: 0.03 is 3 % more."""
+    found = asdict(traced)
+    return {term: _difference(value, found[term]) for term, value in asdict(arithmetic).items()}
+
+
+def _difference(value: int, found: int) -> float:
+    if found == 0:
+        return 0.0 if value == 0 else math.inf
+    return value / found - 1
+
+
+def _check_is_causal(config: PretrainedConfig, source: str) -> None:
+    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if not is_known or is_encoder or getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{source}: model type {config.model_type} is no decoder that predicts the next token; "
+            "give the config of a causal language model"
+        )
+
+
+def _without_cache(config: PretrainedConfig) -> PretrainedConfig:
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    return config
+
+
+def _prepared(config: PretrainedConfig, run: Workload) -> PretrainedConfig:
+    config = _without_cache(config)
+    config._attn_implementation = run.attention
+    return config
+
+
+def _trace(config: PretrainedConfig, run: Workload, micro_batch_size: int, device: Device) -> Trace:
+    ledger = Ledger(device)
+    with FakeTensorMode(), _sequences_unpacked():
+        causal_lm = build_model(config, DTYPES[run.precision])
+        shape = _shape(causal_lm)
+        if run.activation_checkpointing != "none":
+            enable_activation_checkpointing(causal_lm, CHECKPOINTED_BLOCKS[run.activation_checkpointing])
+        _drop_head_bias(causal_lm)
+        model = TrainingModel(causal_lm, run.loss).train()
+        ids = torch.zeros(micro_batch_size, run.sequence_length, dtype=torch.long)
+        moments = _mark(model, ledger)
+        with ledger, cuda_kernels() if device == "cuda" else contextlib.nullcontext():
+            states = ledger.add([*model.parameters(), *model.buffers()])
+            ledger.add([ids])
+            loss = model(ids, torch.zeros_like(ids))
+            moments["backward"] = ledger.moment()
+            loss.backward()
+            moments["end"] = ledger.moment()
+            gradients = ledger.add(weight.grad for weight in model.parameters() if weight.grad is not None)
+    moments.setdefault("blocks_end", moments["end"])
+    return Trace(
+        shape=shape,
+        activations=_activations(ledger, moments, states | ledger.with_summands(gradients)),
+        forward_peak_bytes=ledger.peak_bytes(0, moments["backward"]),
+        backward_peak_bytes=ledger.peak_bytes(moments["backward"], moments["end"]),
+    )
+
+
+def _mark(model: TrainingModel, ledger: Ledger) -> dict[str, int]:
+    """Have the model note when forward reaches the loss, and backward the blocks, the first block and its end."""
+    moments: dict[str, int] = {}
+
+    def note_gradient(tensor: torch.Tensor, name: str) -> None:
+        """Note the moment at which backward has the gradient of `tensor`."""
+        if tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(lambda _: moments.setdefault(name, ledger.moment()) and None)
+
+    def on_loss(head: nn.Module, args: tuple[Any, ...]) -> None:
+        moments["loss"] = ledger.moment()
+        note_gradient(args[0], "blocks")
+
+    def on_first_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if "backward" not in moments:  # not when it is computed again
+            note_gradient(out[0] if isinstance(out, tuple) else out, "first_block")
+            note_gradient(args[0] if args else kwargs["hidden_states"], "blocks_end")
+
+    model.causal_lm.get_output_embeddings().register_forward_pre_hook(on_loss)
+    _blocks(model)[0].register_forward_hook(on_first_block, with_kwargs=True)
+    return moments
+
+
+def _activations(ledger: Ledger, moments: dict[str, int], left_out: set[int]) -> Activations:
+    def peak(start: str, end: str) -> int:
+        return ledger.peak_bytes(moments[start], moments[end], left_out)
+
+    saved = ledger.held_bytes(moments["loss"], left_out)
+    return Activations(
+        saved_bytes=saved,
+        loss_forward_bytes=peak("loss", "backward") - saved,
+        loss_backward_bytes=peak("backward", "blocks") - saved,
+        block_backward_bytes=peak("blocks", "blocks_end") - saved,
+        first_block_bytes=peak("first_block", "blocks_end"),
+    )
+
+
+def _shape(model: PreTrainedModel) -> TracedShape:
+    config = model.config.get_text_config()
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    heads, width = config.num_attention_heads, config.hidden_size
+    return TracedShape(
+        family="gpt2" if config.model_type == "gpt2" else "llama",
+        num_layers=config.num_hidden_layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        intermediate_size=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width,
+        max_position_embeddings=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
+        padded_vocab_size=embedding.shape[0],
+        tie_word_embeddings=embedding is head,
+        traced_tensors=tuple(Tensor(weight.numel(), weight.ndim >= 2) for weight in model.parameters()),
+        embedding_elements=embedding.numel(),
+        block_elements=max(sum(weight.numel() for weight in block.parameters()) for block in _blocks(model)),
+    )
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Raises UserError for a model that has none."""
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise UserError(f"{type(model).__name__}: it has no blocks that transformers knows; give another model type")
+    return blocks
+
+
+def _drop_head_bias(model: PreTrainedModel) -> None:
+    """Phi's output projection has a bias, a number for each token of the vocabulary, which the loss head has not."""
+    model.get_output_embeddings().register_parameter("bias", None)
+
+
+def _sequences_unpacked() -> contextlib.AbstractContextManager[None]:
+    """transformers reads the position ids to see whether sequences are packed, and where it cannot read them makes a
+    mask that no run of ours has."""
+    return replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
