@@ -32,14 +32,15 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int)
     args = parser.parse_args()
 
+    measured = ranks.gather(measure_each(json.loads(args.cases.read_text())))
+    if torch.distributed.get_rank() == 0:
+        args.output.write_text(json.dumps([list(on_ranks) for on_ranks in zip(*measured, strict=True)]))
+
+
+def measure_each(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The peaks of each case on this rank; a case is the `spec` and its `overrides`. Collective."""
     world = ranks.join()
-    results = []
-    for case in json.loads(args.cases.read_text()):
-        on_ranks: list[Any] = [None] * world.size
-        torch.distributed.all_gather_object(on_ranks, measure(load_spec(case["spec"], case["overrides"]), world))
-        results.append(on_ranks)
-        if world.rank == 0:
-            args.output.write_text(json.dumps(results))
+    return [measure(load_spec(case["spec"], case["overrides"]), world) for case in cases]
 
 
 def measure(spec: Spec, world: ranks.World) -> dict[str, Any]:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
 
 from dsllm.engine import metrics
+from dsllm.engine.allocators import allocator
+from dsllm.engine.memory_meter import MemoryMeter
 from dsllm.engine.metrics import Recorder, jsonl_sink, open_recorder, peak_memory_bytes, tensorboard_sink, wandb_sink
 from dsllm.engine.progress import ProgressReport
 from dsllm.engine.ranks import World
@@ -36,7 +39,7 @@ def quickstart(*overrides: str) -> Spec:
 def record_steps(spec: Spec, folder: RunFolder, first: int, last: int, rank: int = 0) -> None:
     """The steps after `first` up to `last` of a run."""
     world = World(rank=rank, size=1, local_size=1)
-    with open_recorder(spec, folder, resolve_batch(spec.batch, 1), world, first, 100) as record:
+    with open_recorder(spec, folder, resolve_batch(spec.batch, 1), world, first, 100, MemoryMeter(None)) as record:
         for step in range(first + 1, last + 1):
             record(step_record(step))
 

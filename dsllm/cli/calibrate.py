@@ -32,7 +32,10 @@ def calibrate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what this device holds beside tensors; estimate-memory counts with it from then on."""
+    """Measure what this device holds beside tensors; estimate-memory counts with it from then on.
+
+    One rank is measured: what NCCL holds to talk to other GPUs is only in a run of several, which --from reads.
+    """
     from dsllm.plan.calibration import constants_of_run, write_constants
 
     constants = _measured() if run is None else constants_of_run(Path(run) / "memory.json")
@@ -87,6 +90,6 @@ def _measured() -> DeviceConstants:
         command = [sys.executable, "-m", "dsllm.engine.calibrate", str(output)]
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if ended.returncode:
-            last = (ended.stderr.strip().splitlines() or ["no word"])[-1]
-            raise DsllmError(f"calibrate: the small run failed: {last}; does `dsllm launch quickstart` run here?")
+            said = output.read_text() if output.exists() else (ended.stderr.strip().splitlines() or ["no word"])[-1]
+            raise DsllmError(f"calibrate: the small run failed: {said}; does `dsllm launch quickstart` run here?")
         return DeviceConstants(**json.loads(output.read_text()))

@@ -2,7 +2,8 @@
 
 python -m dsllm.engine.calibrate OUTPUT
 
-A process of its own: nothing else is resident in it, and what DeepSpeed has to say does not get between the results.
+OUTPUT gets the constants as JSON, or, with an exit status, the reason why there are none. A process of its own: nothing
+else is resident in it, and what DeepSpeed has to say does not get between the results.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dsllm.plan.memory import estimate_memory
 from dsllm.plan.workload import workload
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Spec
+from dsllm.units import format_bytes
 
 STEPS = 3
 """The optimizer makes some of its states, and libraries their workspaces, in the first."""
@@ -36,19 +38,20 @@ SOURCE = "dsllm calibrate"
 TINY = ("quickstart", ("model.num_layers=2", "model.hidden_size=48", "batch.micro_batch_size=1"))
 """On the CPU only the libraries are asked about: tensors that hardly count."""
 GPU_RUNS = (
-    ("gpt2-124m", ("batch.micro_batch_size=16",)),
-    ("gpt2-124m", ("batch.micro_batch_size=2",)),
+    ("gpt2-124m", ("batch.micro_batch_size=16", "batch.global_batch_size=32")),
+    ("gpt2-124m", ("batch.micro_batch_size=2", "batch.global_batch_size=4")),
     ("quickstart", ()),
 )
 """The larger the run, the less single blocks of the allocator weigh, and the more its rounding is that of real runs."""
 
 
 def main() -> None:
+    output = Path(sys.argv[1])
     try:
-        constants = measure_device()
+        output.write_text(json.dumps(asdict(measure_device())))
     except DsllmError as error:
-        sys.exit(str(error))
-    Path(sys.argv[1]).write_text(json.dumps(asdict(constants)))
+        output.write_text(str(error))  # on stderr, what libraries say at the end would come after it
+        sys.exit(error.exit_code)
 
 
 def measure_device() -> DeviceConstants:
@@ -91,7 +94,7 @@ def _largest_run(free_bytes: int) -> Spec:
         if estimate_memory(workload(spec), 1, _micro_batch_size(spec)).fits(free_bytes):
             return spec
     raise UserError(
-        f"calibrate: the GPU has {free_bytes} bytes free; not even preset quickstart fits; end what else runs on it"
+        f"given a GPU with {format_bytes(free_bytes)} free; not even preset quickstart fits; end what else runs on it"
     )
 
 

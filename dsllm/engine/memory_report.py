@@ -17,9 +17,12 @@ from dsllm.engine import ranks
 from dsllm.engine.memory_meter import MeasuredMemory
 from dsllm.engine.run_folder import write_whole
 from dsllm.plan.memory import PHASES, MemoryEstimate
-from dsllm.units import format_bytes
+from dsllm.units import MIB, format_bytes
 
 logger = logging.getLogger(__name__)
+
+COMPARED_BYTES = MIB
+"""Below that, a difference in percent says nothing."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def _terms(parameters: int, optimizer: int, kept: int, peaks: dict[Any, int]) ->
 
 
 def _compared(predicted: int, measured: int) -> str:
-    difference = f" ({predicted / measured - 1:+.1%})" if measured else ""
+    difference = f" ({predicted / measured - 1:+.1%})" if measured > COMPARED_BYTES else ""
     return f"predicted {format_bytes(predicted)}, measured {format_bytes(measured)}{difference}"
 
 
@@ -110,12 +113,9 @@ def _largest(values: Iterable[int | None]) -> int | None:
 
 
 def _weights(engine: DeepSpeedEngine) -> Iterable[torch.Tensor]:
-    """Parameters, and at stage 3 the parts of them that this rank keeps."""
+    """Parameters; at stage 3 the parts of them that this rank keeps, not what is gathered."""
     for parameter in engine.module.parameters():
-        yield parameter.data
-        part = getattr(parameter, "ds_tensor", None)
-        if part is not None:
-            yield part
+        yield getattr(parameter, "ds_tensor", parameter.data)
 
 
 def _states(engine: DeepSpeedEngine) -> Iterable[torch.Tensor]:

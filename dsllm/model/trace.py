@@ -122,7 +122,7 @@ def traced_shape(config: PretrainedConfig) -> TracedShape:
     """The sizes of the model of `config`, built without memory. Raises UserError for what is no causal model."""
     _check_is_causal(config, config.model_type)
     with FakeTensorMode():
-        return _shape(build_model(_without_cache(config), torch.bfloat16))
+        return _shape(build_model(copy.deepcopy(config), torch.bfloat16))
 
 
 def config_of(path: str | Path) -> PretrainedConfig:
@@ -167,15 +167,11 @@ def _check_is_causal(config: PretrainedConfig, source: str) -> None:
         )
 
 
-def _without_cache(config: PretrainedConfig) -> PretrainedConfig:
-    config = copy.deepcopy(config)
-    config.use_cache = False
-    return config
-
-
 def _prepared(config: PretrainedConfig, run: Workload) -> PretrainedConfig:
-    config = _without_cache(config)
-    config._attn_implementation = run.attention
+    """With the attention that the run asks for, or the plain one where the model type has no other."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config = copy.deepcopy(config)
+    config._attn_implementation = run.attention if model_class._supports_sdpa else "eager"
     return config
 
 
@@ -201,14 +197,14 @@ def _trace(config: PretrainedConfig, run: Workload, micro_batch_size: int, devic
     moments.setdefault("blocks_end", moments["end"])
     return Trace(
         shape=shape,
-        activations=_activations(ledger, moments, states | ledger.with_summands(gradients)),
+        activations=_activations(ledger, moments, states, ledger.with_summands(gradients)),
         forward_peak_bytes=ledger.peak_bytes(0, moments["backward"]),
         backward_peak_bytes=ledger.peak_bytes(moments["backward"], moments["end"]),
     )
 
 
 def _mark(model: TrainingModel, ledger: Ledger) -> dict[str, int]:
-    """Have the model note when forward reaches the loss, and backward the blocks, the first block and its end."""
+    """Have the model note when forward reaches the loss, and backward the last block, the first one and its end."""
     moments: dict[str, int] = {}
 
     def note_gradient(tensor: torch.Tensor, name: str) -> None:
@@ -218,36 +214,44 @@ def _mark(model: TrainingModel, ledger: Ledger) -> dict[str, int]:
 
     def on_loss(head: nn.Module, args: tuple[Any, ...]) -> None:
         moments["loss"] = ledger.moment()
-        note_gradient(args[0], "blocks")
+        moments["hidden"] = ledger.add(args[:1]).pop()
 
-    def on_first_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if "backward" not in moments:  # not when it is computed again
+    def on_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if "backward" in moments:
+            return  # the block is computed again
+        if block is blocks[0]:
             note_gradient(out[0] if isinstance(out, tuple) else out, "first_block")
             note_gradient(args[0] if args else kwargs["hidden_states"], "blocks_end")
+        if block is blocks[-1]:
+            note_gradient(out[0] if isinstance(out, tuple) else out, "last_block")
 
+    blocks = _blocks(model)
+    for block in {blocks[0], blocks[-1]}:
+        block.register_forward_hook(on_block, with_kwargs=True)
     model.causal_lm.get_output_embeddings().register_forward_pre_hook(on_loss)
-    _blocks(model)[0].register_forward_hook(on_first_block, with_kwargs=True)
     return moments
 
 
-def _activations(ledger: Ledger, moments: dict[str, int], left_out: set[int]) -> Activations:
-    def peak(start: str, end: str) -> int:
-        return ledger.peak_bytes(moments[start], moments[end], left_out)
+def _activations(ledger: Ledger, moments: dict[str, int], states: set[int], gradients: set[int]) -> Activations:
+    def peak(start: str, end: str, without: set[int]) -> int:
+        return ledger.peak_bytes(moments[start], moments[end], without)
 
-    saved = ledger.held_bytes(moments["loss"], left_out)
+    # The hidden states that the loss is given are the loss's: it need not keep them.
+    saved = ledger.held_bytes(moments["loss"], states | {moments["hidden"]})
+    without = states | gradients
     return Activations(
         saved_bytes=saved,
-        loss_forward_bytes=peak("loss", "backward") - saved,
-        loss_backward_bytes=peak("backward", "blocks") - saved,
-        block_backward_bytes=peak("blocks", "blocks_end") - saved,
-        first_block_bytes=peak("first_block", "blocks_end"),
+        loss_forward_bytes=peak("loss", "backward", states) - saved,
+        loss_backward_bytes=peak("backward", "last_block", states) - saved,
+        block_backward_bytes=peak("last_block", "blocks_end", without) - saved,
+        first_block_bytes=peak("first_block", "blocks_end", without),
     )
 
 
 def _shape(model: PreTrainedModel) -> TracedShape:
     config = model.config.get_text_config()
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    heads, width = config.num_attention_heads, config.hidden_size
+    heads, width = getattr(config, "num_attention_heads", 1), config.hidden_size
     return TracedShape(
         family="gpt2" if config.model_type == "gpt2" else "llama",
         num_layers=config.num_hidden_layers,
@@ -255,7 +259,7 @@ def _shape(model: PreTrainedModel) -> TracedShape:
         num_attention_heads=heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         intermediate_size=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width,
-        max_position_embeddings=config.max_position_embeddings,
+        max_position_embeddings=getattr(config, "max_position_embeddings", 0),
         vocab_size=config.vocab_size,
         padded_vocab_size=embedding.shape[0],
         tie_word_embeddings=embedding is head,

@@ -46,7 +46,7 @@ class Activations:
     """Left of everything above in the backward of the first block, at most, when the others are done."""
 
 
-def activations(run: Workload, micro_batch_size: int, device: Device) -> Activations:
+def activations(run: Workload, micro_batch_size: int, device: Device = "cuda") -> Activations:
     """Of `micro_batch_size` sequences.
 
     A checkpointed block keeps only its input; while backward computes one again, its activations live beside those of

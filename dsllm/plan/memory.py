@@ -192,8 +192,8 @@ def _of_micro_batch(moment: Moment, acts: Activations, layout: states.Layout) ->
         return saved, 0, acts.block_backward_bytes
     if moment == "first_flush":
         # Backward has freed as large a share of the activations as a bucket is of the parameters.
-        left = max(0.0, 1 - layout.bucket / layout.parameters)
-        return int(saved * left), 0, in_flight
+        left = int(saved * max(0.0, 1 - layout.bucket / layout.parameters))
+        return max(left, acts.first_block_bytes - in_flight), 0, in_flight
     if moment == "first_block":
         return acts.first_block_bytes, 0, 0
     return 0, 0, 0  # the embedding's backward is the last, and a step begins when backward has freed everything

@@ -66,8 +66,8 @@ class Layout:
 
     @property
     def embedding_gradients(self) -> int:
-        """Bytes in the embedding's backward: the head's and its own; the plain loss leaves the head's transposed, so that
-        their sum is a third."""
+        """Bytes in the embedding's backward: the head's and its own; the plain loss leaves the head's transposed, so
+        that their sum is a third."""
         own = self.weight * self.embedding
         return own + self.head_gradient * (2 if self.run.loss == "plain" else 1)
 

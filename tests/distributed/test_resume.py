@@ -127,6 +127,20 @@ def test_after_sigkill_losses_and_norms_equal_those_of_an_undisturbed_run_exactl
     assert "going on from" in (runs.resumed / "logs" / "rank0.log").read_text()
 
 
+def test_a_run_ends_with_its_memory_predicted_measured_and_compared(runs: Runs) -> None:
+    log = (runs.undisturbed / "logs" / "rank0.log").read_text()
+    if "memory is not measured on this CPU" in log:
+        pytest.skip("no C++ compiler: memory is not counted on this CPU")
+    report = json.loads((runs.undisturbed / "memory.json").read_text())
+    predicted, measured = report["predicted"]["terms"], report["measured"]["terms"]
+    assert report["device"] == "cpu"
+    assert measured["parameters_bytes"] == predicted["parameters_bytes"]
+    assert measured["optimizer_bytes"] == predicted["optimizer_bytes"]
+    assert predicted["peak_bytes"] == pytest.approx(measured["peak_bytes"], rel=0.08)
+    assert "parameters  predicted" in log
+    assert records(runs.undisturbed)[-1]["peak_memory_bytes"] == measured["peak_bytes"]
+
+
 def test_only_the_last_checkpoints_are_kept_and_latest_names_the_newest(runs: Runs) -> None:
     checkpoints = runs.resumed / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["global_step12", "global_step8", "latest"]

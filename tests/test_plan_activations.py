@@ -1,0 +1,87 @@
+"""What a micro-batch holds, against hand arithmetic and against what autograd was seen to save."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dsllm.plan.activations import activations, block_bytes_per_token
+from dsllm.plan.workload import Workload, workload
+from dsllm.spec.load import load_spec
+
+MIB = 2**20
+TOKENS = 8 * 1024
+BOUNDARY = 2 * 768
+BLOCK = 24_632  # bytes a token of GPT-2 small in bf16
+VOCABULARY = 50_304
+
+
+def gpt2(*overrides: str) -> Workload:
+    return workload(load_spec("gpt2-124m", overrides))
+
+
+def test_a_gpt2_block_saves_what_autograd_was_seen_to_save() -> None:
+    # counted with saved-tensor hooks on the real block
+    assert block_bytes_per_token(gpt2()) == BLOCK
+    assert block_bytes_per_token(gpt2("training.precision=fp32")) == 49_216
+
+
+def test_a_llama_block_saves_what_autograd_was_seen_to_save() -> None:
+    assert block_bytes_per_token(workload(load_spec("llama-248m"))) == 54_408
+    assert block_bytes_per_token(workload(load_spec("llama-248m", ["training.precision=fp32"]))) == 100_488
+
+
+def test_saved_activations_by_hand() -> None:
+    by_hand = {"none": 12 * BLOCK, "selective": 6 * BLOCK + 6 * BOUNDARY, "full": 12 * BOUNDARY}
+    for checkpointing, blocks in by_hand.items():
+        run = gpt2(f"training.activation_checkpointing={checkpointing}")
+        # and the input of the final norm
+        assert activations(run, 8).saved_bytes == TOKENS * (blocks + BOUNDARY)
+
+
+def test_a_block_that_is_computed_again_lives_beside_the_kept_inputs() -> None:
+    gradients = 2 * (768 + 3072)  # of the residual stream and of the feed-forward's width
+    assert activations(gpt2(), 8).block_backward_bytes == TOKENS * (gradients - BOUNDARY)
+    full = gpt2("training.activation_checkpointing=full")
+    assert activations(full, 8).block_backward_bytes == TOKENS * (BLOCK - BOUNDARY + gradients - BOUNDARY)
+
+
+def test_the_plain_loss_by_hand() -> None:
+    acts = activations(gpt2("training.loss=plain"), 8)
+    hidden, logits = TOKENS * BOUNDARY, TOKENS * VOCABULARY
+    assert acts.loss_forward_bytes == hidden + 8 * logits  # fp32 logits and their log-softmax
+    assert acts.loss_backward_bytes == hidden + 12 * logits  # the latter, and two gradients
+
+
+def test_the_chunked_loss_by_hand() -> None:
+    hidden, projection = TOKENS * BOUNDARY, VOCABULARY * 768
+    logits = 64 * MIB // (4 * VOCABULARY) * VOCABULARY  # of whole tokens
+    acts = activations(gpt2(), 8)
+    # hidden states and their gradient, the projection's in fp32, a piece in fp32 and bf16, a product of 32 MiB
+    assert acts.loss_forward_bytes == 2 * hidden + 4 * projection + 6 * logits + 32 * MIB
+    assert acts.loss_backward_bytes == 2 * hidden + 4 * projection
+    on_cpu = activations(gpt2(), 8, "cpu")
+    assert on_cpu.loss_forward_bytes == acts.loss_forward_bytes + 64 * MIB  # the product once more, in fp32
+    fp32 = activations(gpt2("training.precision=fp32"), 8)
+    assert fp32.loss_forward_bytes == 4 * hidden + 4 * projection + 4 * logits
+    assert fp32.loss_backward_bytes == 4 * hidden + 8 * projection
+
+
+def test_dropout_costs_a_byte_an_element_on_a_gpu_and_attention_rows_on_the_cpu() -> None:
+    dropping = gpt2("model.dropout=0.1")
+    assert block_bytes_per_token(dropping) == BLOCK + 2 * 768
+    rows = 12 * 1024 * (4 + 3 * 2) - 12 * 4
+    assert block_bytes_per_token(dropping, "cpu") == BLOCK + 2 * 768 * 2 + rows
+
+
+def test_plain_attention_keeps_whole_rows() -> None:
+    assert block_bytes_per_token(gpt2("model.attention=eager")) == BLOCK - 12 * 4 + 12 * 1024 * 8
+
+
+@pytest.mark.parametrize("loss", ["chunked", "fused", "plain"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_everything_grows_with_the_micro_batch(loss: str, checkpointing: str) -> None:
+    run = replace(gpt2(), loss=loss, activation_checkpointing=checkpointing)
+    small, large = activations(run, 4), activations(run, 8)
+    assert all(getattr(small, name) <= getattr(large, name) for name in vars(small))
