@@ -18,6 +18,7 @@ from dsllm.plan.calibration import (
     constants_of_run,
     read_constants,
     reserved_ratio,
+    with_constants,
     write_constants,
 )
 from dsllm.plan.hardware import gpu_named
@@ -218,3 +219,10 @@ def test_a_gpu_is_measured_by_a_real_run(capsys: pytest.CaptureFixture[str], mon
     # a context takes 200 MiB and more on any card; the allocator rounds up, and not by half
     assert 100 * MIB < found["runtime_bytes"] < 8192 * MIB
     assert 1.0 <= found["reserved_ratio"] < 1.5
+
+
+def test_a_plan_counts_with_what_was_calibrated_and_with_the_gaps_of_a_full_card() -> None:
+    gpu = gpu_named("a100-40gb")
+    known = {"NVIDIA A100-SXM4-40GB": DeviceConstants("NVIDIA A100-SXM4-40GB", 500, 1.5, "here")}
+    assert with_constants(gpu, known).runtime_bytes == 500 + round(0.5 * gpu.memory_bytes)
+    assert with_constants(gpu_named("h100-80gb"), known) == gpu_named("h100-80gb")

@@ -32,7 +32,7 @@ def calibrate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what this device holds beside tensors; estimate-memory counts with it from then on.
+    """Measure what this device holds beside tensors; estimate-memory and plan count with it from then on.
 
     One rank is measured: what NCCL holds to talk to other GPUs is only in a run of several, which --from reads.
     """
@@ -43,7 +43,7 @@ def calibrate(
     write_constants(path, constants)
     typer.echo(json.dumps({**asdict(constants), "file": str(path)}, indent=2) if as_json else _sentence(constants))
     if not as_json:
-        typer.echo(f"kept in {path}; estimate-memory counts with it from now on")
+        typer.echo(f"kept in {path}; estimate-memory and plan count with it from now on")
 
 
 def calibration_file() -> Path:

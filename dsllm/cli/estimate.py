@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional, cast
 import typer
 
 from dsllm.cli.options import AsJson, Overrides
-from dsllm.cli.plain import PlainCommand, one_of, whole_number
+from dsllm.cli.plain import PlainCommand, one_of, parameter_count, whole_number
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -165,7 +165,7 @@ def _way(
         return Way(run, world_size, micro_batch_size or run.micro_batch_size or 1), None
     if overrides:
         raise UserError("--set: nothing to override without --spec; give --spec, or remove --set")
-    count = None if parameters is None else _count(parameters)
+    count = None if parameters is None else parameter_count(parameters)
     micro = micro_batch_size or 1
     # no batch is known: one micro-batch a step, which is what everybody needs at least
     run = replace(typical_workload(count or TYPICAL_PARAMETERS), global_batch_size=micro * world_size)
@@ -212,20 +212,6 @@ def _around(way: Way, config: str) -> tuple[PretrainedConfig, Way]:
     dropout = float(getattr(network, "resid_pdrop", 0.0))
     run = replace(way.run, shape=shape, sequence_length=min(tokens, limit), dropout=dropout)
     return network, replace(way, run=run)
-
-
-def _count(text: str) -> int:
-    """`1e9`, `350M` or `1.3B` as a number of parameters."""
-    from dsllm.errors import UserError
-
-    scale = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}.get(text[-1:].lower(), 1.0)
-    try:
-        count = float(text if scale == 1.0 else text[:-1]) * scale
-        if not 1e4 <= count <= 1e13:
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--params: given '{text}'; must be a number from 1e4 to 1e13, as 1e9, 350M or 1.3B") from None
-    return round(count)
 
 
 def _constants(gpu: Gpu | None, device: Device) -> DeviceConstants | None:

@@ -57,3 +57,15 @@ def one_of(option: str, text: str, choices: tuple[str, ...]) -> str:
     if text not in choices:
         raise UserError(f"{option}: given '{text}'; must be one of {', '.join(choices)}")
     return text
+
+
+def parameter_count(text: str) -> int:
+    """`1e9`, `350M` or `1.3B` of `--params`, as a number. Raises UserError."""
+    scale = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}.get(text[-1:].lower(), 1.0)
+    try:
+        count = float(text if scale == 1.0 else text[:-1]) * scale
+        if not 1e4 <= count <= 1e13:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--params: given '{text}'; must be a number from 1e4 to 1e13, as 1e9, 350M or 1.3B") from None
+    return round(count)

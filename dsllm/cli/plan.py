@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from dsllm.cli.options import AsJson, Overrides
-from dsllm.cli.plain import PlainCommand, whole_number
+from dsllm.cli.plain import PlainCommand, parameter_count, whole_number
 
 if TYPE_CHECKING:
     from dsllm.plan.hardware import Gpu
@@ -159,10 +159,14 @@ def _positive(option: str, text: str | None) -> float | None:
 
 
 def _catalogue(hardware: str | None) -> tuple[Gpu, ...]:
+    """The known devices and the user's own, with what was calibrated on this machine."""
+    from dsllm.cli.calibrate import known_constants
+    from dsllm.plan.calibration import with_constants
     from dsllm.plan.hardware import catalogue, with_user_file
 
     path = hardware or os.environ.get(HARDWARE_VARIABLE)
-    return with_user_file(Path(path)) if path else catalogue()
+    known = with_user_file(Path(path)) if path else catalogue()
+    return tuple(with_constants(gpu, known_constants()) for gpu in known)
 
 
 def _devices(gpu: str | None, known: Sequence[Gpu]) -> list[Gpu]:
@@ -178,13 +182,12 @@ def _run(spec: str | None, parameters: str | None, overrides: list[str]) -> tupl
     if (parameters is None) == (spec is None):
         raise UserError("plan: give one of SPEC and --params; for example dsllm plan 1b, or dsllm plan --params 1e9")
     if spec is None:
-        from dsllm.cli.estimate import _count
         from dsllm.plan.typical import typical_run
 
         if overrides:
             raise UserError("--set: nothing to override without SPEC; give SPEC, or remove --set")
         assert parameters is not None
-        return typical_run(_count(parameters)), "eager", 0.0, None
+        return typical_run(parameter_count(parameters)), "eager", 0.0, None
     from dsllm.plan.workload import workload
     from dsllm.spec.load import load_spec
 

@@ -66,7 +66,7 @@ class TracedShape(ModelShape):
     """Of the largest block."""
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def tensors(self) -> tuple[Tensor, ...]:
         return self.traced_tensors
 
     @property

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsllm.errors import UserError
-from dsllm.plan.hardware import Gpu, gpu_of_device
+from dsllm.plan.hardware import CPU, Gpu, gpu_of_device
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,12 @@ def constants_of_gpu(known: Mapping[str, DeviceConstants], gpu: Gpu) -> DeviceCo
         if found is not None and found.name == gpu.name:
             return known[name]
     return None
+
+
+def with_constants(gpu: Gpu, known: Mapping[str, DeviceConstants]) -> Gpu:
+    """The same with the runtime's share as calibrated, its gaps those of a full card."""
+    constants = known.get(CPU) if gpu.is_cpu else constants_of_gpu(known, gpu)
+    return replace(gpu, runtime_bytes=constants.beside(gpu.memory_bytes)) if constants else gpu
 
 
 def _without_name(constants: DeviceConstants) -> dict[str, Any]:
