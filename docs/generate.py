@@ -1,5 +1,5 @@
 """Writes what is generated: docs/spec.md, docs/cli.md, in README.md the presets and the outputs of light commands, and
-in README.md and docs/planning.md the known runs.
+in README.md and docs/planning.md the known runs, and in docs/memory.md the errors that were measured.
 
 python docs/generate.py
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,7 @@ class Example(NamedTuple):
 _FLAGS = re.MULTILINE | re.DOTALL
 _EXAMPLE = re.compile(r"^```bash\n(?P<command>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", _FLAGS)
 _FILE = re.compile(r"^```yaml\n# (?P<name>\S+\.yaml)\n(?P<text>.*?)^```\n", _FLAGS)
+_ACCURACY = re.compile(r"(?<=<!-- accuracy -->\n).*?(?=<!-- end of accuracy -->)", re.DOTALL)
 _KNOWN_RUNS = re.compile(r"(?<=<!-- known runs -->\n).*?(?=<!-- end of known runs -->)", re.DOTALL)
 _PRESETS = re.compile(r"(?<=<!-- presets -->\n).*?(?=<!-- end of presets -->)", re.DOTALL)
 
@@ -123,6 +125,24 @@ def _figure(value: float) -> str:
 def planning() -> str:
     """docs/planning.md with the known runs as they are predicted now."""
     return _KNOWN_RUNS.sub(known_runs_table(), (ROOT / "docs/planning.md").read_text())
+
+
+def accuracy_table() -> str:
+    """The measured errors of the memory estimate by stage, from benchmarks/results."""
+    results = json.loads((ROOT / "benchmarks/results/estimate-accuracy-cpu.json").read_text())
+    rows = ["| ZeRO stage | runs | median error | most over | most under |", "|---|---:|---:|---:|---:|"]
+    for stage in (0, 1, 2, 3, "all"):
+        errors = [row["error"] for row in results["rows"] if stage in (row["stage"], "all")]
+        rows.append(
+            f"| {stage} | {len(errors)} | {statistics.median(map(abs, errors)):.2%} | {max(0, *errors):.1%} | "
+            f"{-min(0, *errors):.1%} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def memory() -> str:
+    """docs/memory.md with the errors as they were last measured."""
+    return _ACCURACY.sub(accuracy_table(), (ROOT / "docs/memory.md").read_text())
 
 
 def readme() -> str:
@@ -220,6 +240,7 @@ def generated_files() -> dict[str, str]:
     return {
         "README.md": readme(),
         "docs/cli.md": cli_reference(),
+        "docs/memory.md": memory(),
         "docs/planning.md": planning(),
         "docs/spec.md": spec_reference(),
     }

@@ -249,8 +249,12 @@ def _activations(ledger: Ledger, moments: dict[str, int], states: set[int], grad
 
 
 def _shape(model: PreTrainedModel) -> TracedShape:
-    config = model.config.get_text_config()
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    if head is None:
+        raise UserError(
+            f"{type(model).__name__}: it has no output projection to take a loss from; give another model type"
+        )
+    embedding = model.get_input_embeddings().weight
     heads, width = getattr(config, "num_attention_heads", 1), config.hidden_size
     return TracedShape(
         family="gpt2" if config.model_type == "gpt2" else "llama",
@@ -262,7 +266,7 @@ def _shape(model: PreTrainedModel) -> TracedShape:
         max_position_embeddings=getattr(config, "max_position_embeddings", 0),
         vocab_size=config.vocab_size,
         padded_vocab_size=embedding.shape[0],
-        tie_word_embeddings=embedding is head,
+        tie_word_embeddings=embedding is head.weight,
         traced_tensors=tuple(Tensor(weight.numel(), weight.ndim >= 2) for weight in model.parameters()),
         embedding_elements=embedding.numel(),
         block_elements=max(sum(weight.numel() for weight in block.parameters()) for block in _blocks(model)),

@@ -1,4 +1,4 @@
-"""Gradients, and what moves between ranks, at the moments of a step, as DeepSpeed 0.19.8 has them.
+"""Gradients, and what moves between ranks, at the moments of a step (DeepSpeed 0.19.8).
 
 Each function names where in DeepSpeed it was read. P is the allocated parameters, E those of the token embedding, N the
 ranks, w the bytes of a weight, b the elements of a bucket.

@@ -1,4 +1,4 @@
-"""Weights and optimizer states of one rank, and the host's share where they are offloaded, as DeepSpeed 0.19.8 has them.
+"""Weights and optimizer states of one rank, and the host's share where they are offloaded (DeepSpeed 0.19.8).
 
 P is the allocated parameters, N the ranks, w the bytes of a weight.
 """
