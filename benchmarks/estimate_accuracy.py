@@ -57,7 +57,7 @@ SIZES = {
 }
 # On a GPU: full-sized, with the text and the dashboards of the quick start, which need no network.
 PRESETS = {"gpt2-124m": 16, "llama-248m": 8, "1b": 4}
-LOCAL = ("data={sources: [{kind: python-stdlib}]}", "logging.wandb=null")
+LOCAL = ("data={sources: [{kind: python-stdlib}]}", "logging.wandb=null", "training.loss=chunked")
 
 
 @dataclass(frozen=True)

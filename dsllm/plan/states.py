@@ -5,7 +5,7 @@ P is the allocated parameters, N the ranks, w the bytes of a weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsllm.plan.activations import Device
 from dsllm.plan.buckets import reduce_bucket_elements, sub_group_elements
@@ -38,7 +38,11 @@ class Layout:
 
     @property
     def partition(self) -> Partition:
-        return partition(self.run.shape.tensors, self.world_size)
+        """What a rank steps of the shape's tensors; scaled where only the number of parameters is known."""
+        cut = partition(self.run.shape.tensors, self.world_size)
+        if self.parameters == self.run.shape.allocated_parameters:
+            return cut
+        return replace(cut, elements=self.share, touched=max(self.share, cut.touched))
 
     @property
     def flushes(self) -> tuple[Flush, ...]:
