@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dsllm.plan.activations import activations, block_bytes_per_token
+from dsllm.plan.attention import attention_kernel
 from dsllm.plan.workload import Workload, workload
 from dsllm.spec.load import load_spec
 
@@ -29,7 +30,7 @@ def test_a_gpt2_block_saves_what_autograd_was_seen_to_save() -> None:
 
 def test_a_llama_block_saves_what_autograd_was_seen_to_save() -> None:
     assert block_bytes_per_token(workload(load_spec("llama-248m"))) == 54_408
-    assert block_bytes_per_token(workload(load_spec("llama-248m", ["training.precision=fp32"]))) == 100_488
+    assert block_bytes_per_token(workload(load_spec("llama-248m", ["training.precision=fp32"])), "cpu") == 100_488
 
 
 def test_saved_activations_by_hand() -> None:
@@ -71,12 +72,30 @@ def test_the_chunked_loss_by_hand() -> None:
 def test_dropout_costs_a_byte_an_element_on_a_gpu_and_attention_rows_on_the_cpu() -> None:
     dropping = gpt2("model.dropout=0.1")
     assert block_bytes_per_token(dropping) == BLOCK + 2 * 768
-    rows = 12 * 1024 * (4 + 3 * 2) - 12 * 4
-    assert block_bytes_per_token(dropping, "cpu") == BLOCK + 2 * 768 * 2 + rows
+    # on the CPU in fp32: softmax, mask and product, and query, key and value once more
+    rows, inputs = 12 * 1024 * 3 * 4 - 12 * 4, 3 * 768 * (4 - 2)
+    assert block_bytes_per_token(dropping, "cpu") == BLOCK + 2 * 768 * 2 + rows + inputs
 
 
-def test_plain_attention_keeps_whole_rows() -> None:
-    assert block_bytes_per_token(gpt2("model.attention=eager")) == BLOCK - 12 * 4 + 12 * 1024 * 8
+def test_plain_attention_keeps_whole_rows_once_and_three_of_them_in_backward() -> None:
+    eager = gpt2("model.attention=eager")
+    assert block_bytes_per_token(eager) == BLOCK - 12 * 4 + 12 * 1024 * 2
+    assert activations(eager, 8).first_block_bytes == TOKENS * (3 * 12 * 1024 * 2 + 6 * BOUNDARY)
+
+
+def test_fp32_with_grouped_queries_has_no_fused_kernel_on_cuda() -> None:
+    run = workload(load_spec("llama-248m", ["training.precision=fp32"]))
+    assert (attention_kernel(run, "cuda"), attention_kernel(run, "cpu")) == ("math", "flash")
+    shape = run.shape
+    more = shape.num_attention_heads * (1024 * 4 - 4) + 2 * (shape.hidden_size - shape.key_value_size) * 4
+    assert block_bytes_per_token(run) == block_bytes_per_token(run, "cpu") + more
+
+
+def test_flash_attention_pads_heads_of_50_to_56() -> None:
+    run = workload(load_spec("1b"))
+    # query, key and value padded, the output padded, and beside it a copy without
+    padding = 2 * (3 * 32 * 6 + 32 * 56)
+    assert block_bytes_per_token(run) == block_bytes_per_token(run, "cpu") + padding
 
 
 @pytest.mark.parametrize("loss", ["chunked", "fused", "plain"])

@@ -103,7 +103,7 @@ def test_overlapping_reduction_has_two_buckets_below_stage_3() -> None:
 
 def test_stage_3_gathers_live_weights_into_a_bucket_s_company() -> None:
     overrides = ["zero.stage=3"]
-    vectors = 12 * (9 + 4) * 768 - 12 * 0 + 2 * 768  # of up to ten widths: every vector of GPT-2
+    vectors = 12 * (9 + 4) * 768 + 2 * 768  # of up to ten widths: every vector of GPT-2
     fixed = 2 * BUCKET + 2 * vectors
     live = E + 3 * BLOCK
     assert at("forward", *overrides) == Held(P, fixed + 2 * live)

@@ -1,5 +1,5 @@
 // Counts what torch's CPU allocator holds, as the CUDA allocator does by itself: every allocation passes through here on
-// its way to the allocator that was there before. Called through ctypes by memory_meter.py.
+// its way to the allocator that was there before. Called through ctypes by allocators.py.
 
 #include <atomic>
 

@@ -20,10 +20,8 @@ from dsllm.model.build import (
 )
 from dsllm.model.initialize import initialize_weights
 from dsllm.model.loss import Implementation, TrainingModel, fused_loss_is_installed
+from dsllm.plan.activations import CHECKPOINTED_BLOCKS
 from dsllm.spec.sections import Precision, Spec
-
-CHECKPOINTED_BLOCKS = {"selective": 2, "full": 1}
-"""Every how many blocks activations are computed again."""
 
 
 def start_engine(spec: Spec, ds_config: dict[str, Any]) -> DeepSpeedEngine:

@@ -15,14 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 
+from dsllm.plan.attention import FLASH_LARGEST_WIDTH, FLASH_WIDTH_MULTIPLE
 from dsllm.units import round_up
 
 ATEN = torch.ops.aten
-
-FLASH_WIDTH_MULTIPLE = 8
-"""To which flash attention pads the width of a head."""
-
-FLASH_LARGEST_WIDTH = 256
 
 FLASH_ROWS = 128
 """Multiple to which its backward rounds the sequence."""

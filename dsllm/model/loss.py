@@ -141,10 +141,8 @@ def _piece_loss(
 
 
 def _pieces(num_tokens: int, vocab_size: int) -> list[slice]:
-    """Even pieces of the tokens whose fp32 logits stay under CHUNK_LOGITS_BYTES; a token at least."""
-    largest = max(1, CHUNK_LOGITS_BYTES // (4 * vocab_size))
-    num_pieces = -(-num_tokens // largest)
-    size = -(-num_tokens // num_pieces)
+    """Pieces of the tokens whose fp32 logits stay under CHUNK_LOGITS_BYTES; a token at least."""
+    size = max(1, CHUNK_LOGITS_BYTES // (4 * vocab_size))
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 

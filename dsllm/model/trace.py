@@ -14,7 +14,7 @@ import copy
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,14 +39,10 @@ from dsllm.model.build import DTYPES, build_model, enable_activation_checkpointi
 from dsllm.model.cuda_kernels import cuda_kernels, replaced
 from dsllm.model.ledger import Ledger
 from dsllm.model.loss import TrainingModel
-from dsllm.plan.activations import Activations
+from dsllm.plan.activations import CHECKPOINTED_BLOCKS, Activations
+from dsllm.plan.attention import Device
 from dsllm.plan.model_shape import ModelShape, Tensor
 from dsllm.plan.workload import Workload
-
-Device = Literal["cuda", "cpu"]
-
-CHECKPOINTED_BLOCKS = {"selective": 2, "full": 1}
-"""Every how many blocks activations are computed again, as the engine has it."""
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 

@@ -8,13 +8,16 @@ either family with scaled-dot-product attention.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from dsllm.plan.attention import (
+    STATISTIC_BYTES,
+    Device,
+    attention_bytes_per_token,
+    attention_peak_bytes_per_token,
+)
 from dsllm.plan.model_shape import ModelShape
 from dsllm.plan.workload import Workload
 from dsllm.units import MIB
-
-Device = Literal["cuda", "cpu"]
 
 CHUNK_LOGITS_BYTES = 64 * MIB
 """fp32 logits that the chunked loss holds at a time: enough to keep matrix kernels busy, little beside activations."""
@@ -22,8 +25,8 @@ CHUNK_LOGITS_BYTES = 64 * MIB
 PRODUCT_BYTES = 32 * MIB
 """Rows of the output projection's gradient, in 16 bits, that the chunked loss adds to the fp32 sum at a time."""
 
-STATISTIC_BYTES = 4
-"""Of a norm's statistics or of a row's log-sum-exp."""
+CHECKPOINTED_BLOCKS = {"selective": 2, "full": 1}
+"""Every how many blocks activations are computed again in backward."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +57,25 @@ def activations(run: Workload, micro_batch_size: int, device: Device = "cuda") -
     """
     tokens = micro_batch_size * run.sequence_length
     block, boundary = block_bytes_per_token(run, device), run.element_bytes * run.shape.hidden_size
-    every = {"none": None, "selective": 2, "full": 1}[run.activation_checkpointing]
+    every = CHECKPOINTED_BLOCKS.get(run.activation_checkpointing)
     checkpointed = -(-run.shape.num_layers // every) if every else 0
     kept = (run.shape.num_layers - checkpointed) * block + checkpointed * boundary
     final_norm = _norm_bytes_per_token(run) - boundary  # its output is the loss's input, and counted there
-    last_is_checkpointed = every is not None and (run.shape.num_layers - 1) % every == 0
-    again = _recomputed_bytes_per_token(run, block) if last_is_checkpointed else 0
+    at_once = max(block + _gradients_per_token(run, device), attention_peak_bytes_per_token(run, device))
+    # what is kept of a block that is computed again is the input of its first norm, unless that makes an fp32 copy
+    makes_copy = run.shape.family == "llama" and run.element_bytes < 4
+    input_beside = boundary if every and makes_copy else 0
+    kept_of_last = block
+    if every is not None and (run.shape.num_layers - 1) % every == 0:
+        kept_of_last = 0 if makes_copy else boundary
     loss_forward, loss_backward = _loss_bytes(run, tokens, device)
     return Activations(
-        saved_bytes=tokens * (kept + final_norm + _embedding_mask_bytes(run, device)),
+        saved_bytes=tokens * (kept + final_norm + _dropout_masks(run, device) // 2),  # the embedding's mask
         loss_forward_bytes=loss_forward,
         loss_backward_bytes=loss_backward,
         # the final norm is done by then
-        block_backward_bytes=tokens * (again + _block_gradients_per_token(run) - final_norm),
-        first_block_bytes=tokens * (block + _block_gradients_per_token(run)),
+        block_backward_bytes=tokens * (at_once - kept_of_last - final_norm),
+        first_block_bytes=tokens * (at_once + input_beside),
     )
 
 
@@ -75,7 +83,7 @@ def block_bytes_per_token(run: Workload, device: Device = "cuda") -> int:
     """What one block saves of a token."""
     element = run.element_bytes
     block = _gpt2_block(run.shape, element) if run.shape.family == "gpt2" else _llama_block(run)
-    return block + _attention_rows(run, device) + _dropout_masks(run, device)
+    return block + attention_bytes_per_token(run, device) + _dropout_masks(run, device)
 
 
 def _gpt2_block(shape: ModelShape, element: int) -> int:
@@ -101,24 +109,6 @@ def _norm_bytes_per_token(run: Workload) -> int:
     return (4 + 2 * element) * shape.hidden_size + STATISTIC_BYTES
 
 
-def _recomputed_bytes_per_token(run: Workload, block: int) -> int:
-    """A block that is computed again; the input that is kept is its first norm's, unless that makes an fp32 copy."""
-    makes_copy = run.shape.family == "llama" and run.element_bytes < 4
-    return block - (0 if makes_copy else run.element_bytes * run.shape.hidden_size)
-
-
-def _attention_rows(run: Workload, device: Device) -> int:
-    """Fused attention saves a log-sum-exp for each head; the plain one whole rows: fp32 softmax, its cast, the sum.
-
-    With dropout the CPU has no fused attention.
-    """
-    element = run.element_bytes
-    if run.attention == "sdpa" and not (run.dropout and device == "cpu"):
-        return STATISTIC_BYTES * run.shape.num_attention_heads
-    dropped = element if run.dropout else 0
-    return run.shape.num_attention_heads * run.sequence_length * (4 + 2 * element + dropped)
-
-
 def _dropout_masks(run: Workload, device: Device) -> int:
     """For each element of the two residual branches a byte, on the CPU an element."""
     if not run.dropout:
@@ -126,18 +116,15 @@ def _dropout_masks(run: Workload, device: Device) -> int:
     return 2 * run.shape.hidden_size * (run.element_bytes if device == "cpu" else 1)
 
 
-def _embedding_mask_bytes(run: Workload, device: Device) -> int:
-    return _dropout_masks(run, device) // 2
-
-
-def _block_gradients_per_token(run: Workload) -> int:
+def _gradients_per_token(run: Workload, device: Device) -> int:
     """Gradients of activations at the widest point of a block's backward, less what is consumed by then.
 
     GPT-2: the residual stream's, and GELU's in the place of its output. Llama: the residual stream's, the product's,
-    and both its factors' in the place of the product.
+    and both its factors' in the place of the product. CUDA's dropout makes one of its own, when its mask has gone.
     """
     widest = run.shape.intermediate_size * (1 if run.shape.family == "gpt2" else 2)
-    return run.element_bytes * (run.shape.hidden_size + widest)
+    dropped = (run.element_bytes - 1) * run.shape.hidden_size if run.dropout and device == "cuda" else 0
+    return run.element_bytes * (run.shape.hidden_size + widest) + dropped
 
 
 def _loss_bytes(run: Workload, tokens: int, device: Device) -> tuple[int, int]:
@@ -167,7 +154,8 @@ def _chunked_loss(run: Workload, tokens: int, hidden: int, device: Device) -> tu
     at_end = waiting * projection if waiting < 4 else 0
     # backward scales what waits into new tensors, and fp16 casts the projection's from fp32
     scaled = (waiting + (element if waiting > element else 0)) * projection
-    return 2 * hidden + 4 * projection + max(piece, at_end), 2 * hidden + waiting * projection + scaled
+    backward = max(2 * hidden + waiting * projection + scaled, _norm_backward(run, tokens))
+    return 2 * hidden + 4 * projection + max(piece, at_end), backward
 
 
 def _fused_loss(run: Workload, tokens: int, hidden: int) -> tuple[int, int]:
@@ -177,4 +165,13 @@ def _fused_loss(run: Workload, tokens: int, hidden: int) -> tuple[int, int]:
     pieces = max(1, run.shape.padded_vocab_size // run.shape.hidden_size)
     logits = -(-tokens // pieces) * run.shape.padded_vocab_size
     forward = 2 * hidden + (4 + element + 4) * projection + 2 * element * logits
-    return forward, hidden + 2 * element * projection
+    return forward, max(hidden + 2 * element * projection, _norm_backward(run, tokens))
+
+
+def _norm_backward(run: Workload, tokens: int) -> int:
+    """The final RMS norm's backward, with the head's gradient waiting: fp32 copies of gradients; a layer norm needs
+    fewer than the loss."""
+    if run.shape.family == "gpt2":
+        return 0
+    per_element = 18 if run.element_bytes == 2 else 16
+    return per_element * run.shape.hidden_size * tokens + run.element_bytes * run.shape.embedding_parameters

@@ -29,7 +29,7 @@ class DeviceConstants:
 
     def beside(self, tensor_bytes: int) -> int:
         """Bytes on the device that are not tensors, when tensors take that many."""
-        gaps = (self.reserved_ratio or 1.0) - 1.0
+        gaps = (self.reserved_ratio or 1.0) - 1
         return self.runtime_bytes + round(gaps * tensor_bytes)
 
 
@@ -77,18 +77,16 @@ def reserved_ratio(reserved_bytes: int | None, tensor_bytes: int) -> float | Non
 
 
 def constants_of_gpu(known: Mapping[str, DeviceConstants], gpu: Gpu) -> DeviceConstants | None:
-    """Those of a device that is the catalogue's `gpu`; of several, the one whose name comes first."""
-    for name in sorted(known):
-        found = gpu_of_device(name)
-        if found is not None and found.name == gpu.name:
-            return known[name]
-    return None
+    """Those of a device that is `gpu`, of the catalogue or of a user; of several, the one whose name comes first."""
+    return next((known[name] for name in sorted(known) if gpu_of_device(name, [gpu])), None)
 
 
 def with_constants(gpu: Gpu, known: Mapping[str, DeviceConstants]) -> Gpu:
-    """The same with the runtime's share as calibrated, its gaps those of a full card."""
+    """The same with the runtime's share, and the allocator's gaps, as calibrated."""
     constants = known.get(CPU) if gpu.is_cpu else constants_of_gpu(known, gpu)
-    return replace(gpu, runtime_bytes=constants.beside(gpu.memory_bytes)) if constants else gpu
+    if constants is None:
+        return gpu
+    return replace(gpu, runtime_bytes=constants.runtime_bytes, reserved_ratio=constants.reserved_ratio or 1.0)
 
 
 def _without_name(constants: DeviceConstants) -> dict[str, Any]:

@@ -37,6 +37,9 @@ class Gpu:
     nvme_bytes_per_second: float = 5e9
     price_per_hour: float | None = None
     """Dollars for each GPU; None where nobody publishes one."""
+    reserved_ratio: float = 1.0
+    """What torch's allocator takes over what tensors take of it, 1 or more; measured by `dsllm calibrate`, and no
+    figure of the file."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where a figure is from, by its name in the file."""
 
@@ -44,6 +47,10 @@ class Gpu:
     def peak_flops(self) -> float:
         """16-bit matrix arithmetic without sparsity, fp32 accumulation, FLOP a second."""
         return self.flops["bf16"] if "bf16" in self.flops else self.flops["fp16"]
+
+    def beside(self, tensor_bytes: int) -> int:
+        """Bytes on the device that are not tensors, when tensors take that many."""
+        return self.runtime_bytes + round((self.reserved_ratio - 1) * tensor_bytes)
 
     @property
     def has_bf16(self) -> bool:
@@ -77,8 +84,9 @@ def with_user_file(path: Path) -> tuple[Gpu, ...]:
     if not isinstance(document, Mapping):
         raise UserError(f"{path}: not a catalogue of hardware; a name and its figures, as in dsllm/plan/hardware.yaml")
     known = {gpu.name: gpu for gpu in catalogue()}
-    for name, given in document.items():
-        known[str(name)] = _device(str(name), given, str(path), known.get(str(name)))
+    for key, given in document.items():
+        name = str(key).lower()  # as gpu_named reads what is wanted
+        known[name] = _device(name, given, str(path), known.get(name))
     return _ordered(known.values())
 
 
@@ -129,6 +137,7 @@ _NUMBERS = {item.name for item in fields(Gpu)} - {
     "device_names",
     "link",
     "sources",
+    "reserved_ratio",
     *_GIB_FIELDS.values(),
 }
 _KEYS = [*_GIB_FIELDS, "flops", "device_names", "link", "sources", *sorted(_NUMBERS)]
@@ -166,9 +175,13 @@ def _figure(key: str, value: Any, where: str) -> Any:
     if key == "flops":
         return _flops(value, where)
     number = _positive(value, f"{where}: {key}")
-    if key in _GIB_FIELDS:
-        return int(number * GIB)
-    return round(number) if key == "gpus_per_node" else number
+    if key == "matmul_share" and number > 1:
+        raise UserError(f"{where}: {key}: given {value!r}; must be a share, above 0 and at most 1")
+    if key == "gpus_per_node":
+        if not number.is_integer():
+            raise UserError(f"{where}: {key}: given {value!r}; must be a whole number from 1; a node holds whole GPUs")
+        return int(number)
+    return int(number * GIB) if key in _GIB_FIELDS else number
 
 
 def _flops(value: Any, where: str) -> dict[str, float]:

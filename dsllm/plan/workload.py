@@ -15,6 +15,9 @@ Checkpointing = Literal["none", "selective", "full"]
 LossImplementation = Literal["chunked", "fused", "plain"]
 OffloadDevice = Literal["none", "cpu", "nvme"]
 
+CHECKPOINTINGS: tuple[Checkpointing, ...] = ("none", "selective", "full")
+"""From the least arithmetic to the least memory."""
+
 ELEMENT_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -45,6 +48,7 @@ class ZeroSettings:
             stage=stage,
             offload_optimizer="none" if stage == 0 or has_no_nvme else self.offload_optimizer,
             offload_param=self.offload_param if stage == 3 else "none",
+            overlap_comm=self.overlap_comm if stage else "auto",
             reduce_bucket_elements=self.reduce_bucket_elements if stage else None,
         )
 
@@ -104,8 +108,21 @@ class Workload:
 
     def at_stage(self, stage: int) -> Workload:
         """The same run at another ZeRO stage."""
-        given = self.gradient_accumulation_precision if stage else "auto"
-        return replace(self, zero=self.zero.at_stage(stage), gradient_accumulation_precision=given)
+        return self.with_zero(self.zero.at_stage(stage))
+
+    def with_zero(self, zero: ZeroSettings) -> Workload:
+        """The same run with these settings, without what a spec may not say beside them (spec/rules.py).
+
+        Stage 0 cannot add gradients up in another type than the weights', and nothing tunes the reduction of
+        DeepSpeed's BF16_Optimizer.
+        """
+        given = self.gradient_accumulation_precision
+        has_own_type = zero.stage > 0 or given == self.precision
+        run = replace(self, zero=zero, gradient_accumulation_precision=given if has_own_type else "auto")
+        if not run.runs_bf16_optimizer:
+            return run
+        overlap: bool | Literal["auto"] = "auto" if zero.overlap_comm is True else zero.overlap_comm
+        return replace(run, zero=replace(zero, reduce_bucket_elements=None, overlap_comm=overlap))
 
 
 def workload(spec: Spec, loss: LossImplementation | None = None) -> Workload:

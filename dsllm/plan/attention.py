@@ -1,0 +1,78 @@
+"""Which kernel computes attention, and what it keeps: torch chooses by device, type and the heads' width."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dsllm.plan.workload import Workload
+from dsllm.units import round_up
+
+Device = Literal["cuda", "cpu"]
+Kernel = Literal["flash", "efficient", "math", "eager"]
+
+STATISTIC_BYTES = 4
+"""Of a row's log-sum-exp, or of a norm's statistics."""
+
+FLASH_WIDTH_MULTIPLE = 8
+"""Of the width of a head, to which CUDA's flash attention pads."""
+
+FLASH_LARGEST_WIDTH = 256
+
+
+def attention_kernel(run: Workload, device: Device) -> Kernel:
+    """What `scaled_dot_product_attention` comes to, for GPUs from Ampere on.
+
+    CUDA: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp; the CPU's fused kernel has no dropout.
+    """
+    if run.attention == "eager":
+        return "eager"
+    if device == "cpu":
+        return "math" if run.dropout else "flash"
+    width = _head_width(run)
+    if run.element_bytes == 2 and width <= FLASH_LARGEST_WIDTH:
+        return "flash"
+    has_groups = run.shape.num_key_value_heads < run.shape.num_attention_heads
+    return "math" if has_groups or width % (16 // run.element_bytes) else "efficient"
+
+
+def attention_bytes_per_token(run: Workload, device: Device) -> int:
+    """What attention keeps of a token beside query, key, value and output."""
+    kernel, shape, element = attention_kernel(run, device), run.shape, run.element_bytes
+    if kernel == "flash" and device == "cuda":
+        return STATISTIC_BYTES * shape.num_attention_heads + _padding_bytes_per_token(run)
+    if kernel in ("flash", "efficient"):
+        return STATISTIC_BYTES * shape.num_attention_heads
+    rows = shape.num_attention_heads * run.sequence_length
+    if kernel == "eager":
+        # the softmax; dropout's mask and product
+        return rows * (element + ((element if device == "cpu" else 1) + element if run.dropout else 0))
+    # in fp32, with key and value repeated for every query head; the softmax, and dropout's mask and product
+    inputs = 4 * 3 * shape.hidden_size - element * (shape.hidden_size + 2 * shape.key_value_size)
+    return rows * 4 * (3 if run.dropout else 1) + inputs
+
+
+def attention_peak_bytes_per_token(run: Workload, device: Device) -> int:
+    """All that a block holds of a token in the backward of an attention that keeps whole rows, 0 for the others: the
+    rows with their gradient and the scores', the first norm, query, key and value, and gradients of as much."""
+    kernel, element = attention_kernel(run, device), run.element_bytes
+    rows = run.shape.num_attention_heads * run.sequence_length
+    if kernel == "eager":
+        return 3 * rows * element + 6 * run.shape.hidden_size * element
+    if kernel == "math":
+        return (4 if run.dropout else 3) * rows * 4 + (3 * element + 4 * 5) * run.shape.hidden_size
+    return 0
+
+
+def _padding_bytes_per_token(run: Workload) -> int:
+    """Heads whose width is no multiple of 8 are padded: query, key, value and the output, and beside the latter a copy
+    without padding."""
+    width = _head_width(run)
+    padded = round_up(width, FLASH_WIDTH_MULTIPLE)
+    if padded == width:
+        return 0
+    queries, keys = run.shape.num_attention_heads, run.shape.num_key_value_heads
+    return run.element_bytes * ((queries + 2 * keys) * (padded - width) + queries * padded)
+
+
+def _head_width(run: Workload) -> int:
+    return run.shape.hidden_size // run.shape.num_attention_heads
