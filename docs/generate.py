@@ -54,6 +54,7 @@ _FLAGS = re.MULTILINE | re.DOTALL
 _EXAMPLE = re.compile(r"^```bash\n(?P<command>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?", _FLAGS)
 _FILE = re.compile(r"^```yaml\n# (?P<name>\S+\.yaml)\n(?P<text>.*?)^```\n", _FLAGS)
 _ACCURACY = re.compile(r"(?<=<!-- accuracy -->\n).*?(?=<!-- end of accuracy -->)", re.DOTALL)
+_PHASES = re.compile(r"(?<=<!-- phases -->\n).*?(?=<!-- end of phases -->)", re.DOTALL)
 _KNOWN_RUNS = re.compile(r"(?<=<!-- known runs -->\n).*?(?=<!-- end of known runs -->)", re.DOTALL)
 _PRESETS = re.compile(r"(?<=<!-- presets -->\n).*?(?=<!-- end of presets -->)", re.DOTALL)
 
@@ -140,9 +141,21 @@ def accuracy_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def phases_table() -> str:
+    """The measured errors of each phase, from the same results."""
+    results = json.loads((ROOT / "benchmarks/results/estimate-accuracy-cpu.json").read_text())
+    rows = ["| phase | median error | most over | most under |", "|---|---:|---:|---:|"]
+    for phase in ("forward", "backward", "step"):
+        errors = [row["predicted"]["phases"][phase] / row["measured"]["phases"][phase] - 1 for row in results["rows"]]
+        median = statistics.median(map(abs, errors))
+        rows.append(f"| {phase} | {median:.2%} | {max(0, *errors):.1%} | {-min(0, *errors):.1%} |")
+    return "\n".join(rows) + "\n"
+
+
 def memory() -> str:
     """docs/memory.md with the errors as they were last measured."""
-    return _ACCURACY.sub(accuracy_table(), (ROOT / "docs/memory.md").read_text())
+    text = _ACCURACY.sub(accuracy_table(), (ROOT / "docs/memory.md").read_text())
+    return _PHASES.sub(phases_table(), text)
 
 
 def readme() -> str:

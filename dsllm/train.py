@@ -127,8 +127,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
             stop=stop,
             memory=memory,
         )
-    if memory.measured is not None:
-        memory_report.conclude(folder.memory, predicted, memory_report.memory_of_rank(engine, memory.measured))
+    memory_report.conclude(folder.memory, predicted, engine, memory.measured, steps=done - first_step)
     if done < steps:
         asked = stop.signal.name if stop.signal else "a signal to another rank"
         logger.info("stopped by %s after step %d of %d; saved: the same command goes on from there", asked, done, steps)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional, cast
 
 import typer
 
+from dsllm.cli.hardware import Hardware, known_devices
 from dsllm.cli.options import AsJson, Overrides
 from dsllm.cli.plain import PlainCommand, one_of, parameter_count, whole_number
 
@@ -68,6 +69,7 @@ def estimate_memory(
     with_trace: Annotated[
         bool, typer.Option("--trace", help="Trace the real model too, without its memory; needs torch.")
     ] = False,
+    hardware: Hardware = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -80,7 +82,8 @@ def estimate_memory(
     on = cast("Device", one_of("--device", device, DEVICES))
     world_size = whole_number("--gpus", gpus, "ranks")
     micro = None if micro_batch_size is None else whole_number("--micro-batch-size", micro_batch_size, "sequences")
-    named = gpu_named(gpu) if gpu is not None else None
+    known = known_devices(hardware)
+    named = gpu_named(gpu, known) if gpu is not None else None
     if named is not None and named.is_cpu != (on == "cpu"):
         raise UserError(f"--gpu: given {named.name} with --device {on}; it is no such device; change either")
     way, count = _way(parameters, spec, config, overrides or [], world_size, micro)
@@ -88,7 +91,7 @@ def estimate_memory(
     network: str = way.run.shape.family
     if with_trace or config is not None:
         way, traced, network = _traced(way, spec, config, overrides or [], on, with_trace)
-    asked = Asked(way, network, stages, count, on, named, _constants(named, on), traced)
+    asked = Asked(way, network, stages, count, on, known, named, _constants(named, on), traced)
     if as_json:
         documents = [as_document(asked, stage) for stage in stages]
         typer.echo(json.dumps(documents if zero is None else documents[0], indent=2))
@@ -107,6 +110,8 @@ class Asked:
     parameters: int | None
     """Where their number is all that is known."""
     device: Device
+    known: tuple[Gpu, ...]
+    """The catalogue, and the user's own devices."""
     gpu: Gpu | None
     """The one that is to hold it, where one is named."""
     constants: DeviceConstants | None
@@ -148,7 +153,10 @@ def _way(
     world_size: int,
     micro_batch_size: int | None,
 ) -> tuple[Way, int | None]:
-    """The run on its ranks, and the number of parameters where only that is given."""
+    """The run on its ranks, and the number of parameters where only that is given.
+
+    Raises UserError where nothing or too much is given, and where a spec's batch does not divide over the ranks.
+    """
     from dsllm.errors import UserError
     from dsllm.plan.typical import typical_workload
     from dsllm.plan.way import Way
@@ -158,11 +166,7 @@ def _way(
     if config is not None and parameters is not None:
         raise UserError("--config: given with --params; a network has one source; remove either")
     if spec is not None:
-        from dsllm.plan.workload import workload
-        from dsllm.spec.load import load_spec
-
-        run = workload(load_spec(spec, overrides))
-        return Way(run, world_size, micro_batch_size or run.micro_batch_size or 1), None
+        return _way_of_spec(spec, overrides, world_size, micro_batch_size), None
     if overrides:
         raise UserError("--set: nothing to override without --spec; give --spec, or remove --set")
     count = None if parameters is None else parameter_count(parameters)
@@ -170,6 +174,20 @@ def _way(
     # no batch is known: one micro-batch a step, which is what everybody needs at least
     run = replace(typical_workload(count or TYPICAL_PARAMETERS), global_batch_size=micro * world_size)
     return Way(run, world_size, micro, has_batch=False), count
+
+
+def _way_of_spec(spec: str, overrides: list[str], world_size: int, micro_batch_size: int | None) -> Way:
+    """Raises UserError where the batch leaves a remainder: what cannot run is not predicted."""
+    from dsllm.plan.batch import resolve_batch
+    from dsllm.plan.way import Way
+    from dsllm.plan.workload import workload
+    from dsllm.spec.load import load_spec
+
+    loaded = load_spec(spec, overrides)
+    run = workload(loaded)
+    micro = micro_batch_size or run.micro_batch_size or 1
+    resolve_batch(loaded.batch.model_copy(update={"micro_batch_size": micro}), world_size)
+    return Way(run, world_size, micro)
 
 
 def _traced(

@@ -25,7 +25,7 @@ def as_document(asked: Asked, stage: int) -> dict[str, Any]:
     """The JSON of one stage; with a trace, the same by tracing and the difference of every term beside it."""
     way = asked.at_stage(stage)
     estimate = asked.predict(way)
-    document = estimate.as_dict()
+    document = estimate.as_dict(asked.known)
     if asked.trace is not None:
         traced = asked.predict(way, asked.trace.activations)
         document["traced"] = {
@@ -200,7 +200,7 @@ def _note(asked: Asked, higher: MemoryEstimate, lower: MemoryEstimate, more: int
 
 
 def _reason(asked: Asked, higher: MemoryEstimate, term: str) -> str:
-    """Whose buffers they are, as dsllm/plan/states.py has them."""
+    """Whose buffers they are, as dsllm/plan/moments.py has them."""
     run = asked.at_stage(higher.zero_stage).run
     if term == "gradients" and run.runs_bf16_optimizer:
         return " (DeepSpeed's BF16_Optimizer keeps all of them in fp32, beside those of backward)"
@@ -220,35 +220,47 @@ def _reason(asked: Asked, higher: MemoryEstimate, term: str) -> str:
 
 def _print_fits(asked: Asked, estimates: Sequence[MemoryEstimate]) -> None:
     """The devices that hold it and what they have left, this machine's own, and advice where none does."""
-    if asked.device == "cpu":
-        typer.echo(_fit_of_this_host(estimates))
-        return
     from dsllm.launch.devices import local_gpus
-    from dsllm.plan.hardware import gpus
 
-    considered = (asked.gpu,) if asked.gpu else gpus()
-    precision = asked.given.run.precision
-    if asked.gpu and precision not in asked.gpu.flops:
-        typer.echo(f"note: {asked.gpu.name} has no arithmetic in {precision}; set training.precision to another")
+    on_cpu = asked.device == "cpu"
+    considered = (asked.gpu,) if asked.gpu else tuple(gpu for gpu in asked.known if gpu.is_cpu == on_cpu)
+    able = [gpu for gpu in considered if asked.given.run.precision in gpu.flops]
+    if asked.gpu and not able:
+        typer.echo(_without_arithmetic(asked.gpu, asked.given.run.precision))
     for estimate in estimates:
         typer.echo(_fit(estimate, considered, in_full=len(estimates) == 1))
-    for line in _own(local_gpus(), estimates):
+    if on_cpu:
+        typer.echo(_fit_of_this_host(estimates))
+        return
+    for line in _own(local_gpus(), asked, estimates):
         typer.echo(line)
-    if not any(estimate.fits(gpu.memory_bytes) for estimate in estimates for gpu in considered):
-        target = max(considered, key=lambda gpu: gpu.memory_bytes)
-        for line in _advice(asked, target):
+    if able and not any(estimate.fits_on(gpu) for estimate in estimates for gpu in able):
+        for line in _advice(asked, _largest(able)):
             typer.echo(line)
 
 
+def _largest(devices: Sequence[Gpu]) -> Gpu:
+    return max(devices, key=lambda gpu: gpu.memory_bytes)
+
+
+def _without_arithmetic(gpu: Gpu, precision: str) -> str:
+    others = " or ".join(other for other in ("bf16", "fp16", "fp32") if other in gpu.flops)
+    return f"note: {gpu.name} has no arithmetic in {precision}; set training.precision to {others}"
+
+
 def _fit(estimate: MemoryEstimate, considered: Sequence[Gpu], in_full: bool) -> str:
-    """`stage 3: 20.11 GiB on each GPU; fits v100-32gb (11.39 GiB left), ...`; of several stages without the rests."""
+    """`stage 3: 20.11 GiB on each GPU; fits a100-40gb (19.29 GiB left), ...`; of several stages without the rests."""
     from dsllm.units import format_bytes
 
     needed = estimate.peak.total_bytes
-    start = f"stage {estimate.zero_stage}: {format_bytes(needed)} on each GPU; "
-    fitting = [gpu for gpu in considered if estimate.fits(gpu.memory_bytes)]
+    unit = "GPU" if estimate.device == "cuda" else "CPU rank"
+    start = f"stage {estimate.zero_stage}: {format_bytes(needed)} on each {unit}; "
+    fitting = [gpu for gpu in considered if estimate.fits_on(gpu)]
+    able = [gpu for gpu in considered if estimate.precision in gpu.flops]
+    if not able:
+        return f"{start}cannot run on {_largest(considered).name}, which has no arithmetic in {estimate.precision}"
     if not fitting:
-        largest = max(considered, key=lambda gpu: gpu.memory_bytes)
+        largest = _largest(able)
         name = largest.name if len(considered) == 1 else f"any known GPU, the largest being {largest.name}"
         return f"{start}does not fit {name}: {_missing(estimate, largest.memory_bytes)}"
     first, *others = (
@@ -267,8 +279,9 @@ def _missing(estimate: MemoryEstimate, memory_bytes: int) -> str:
     return f"{format_bytes(over)} more than {FITTING_SHARE:.0%} of its {format_bytes(memory_bytes)}"
 
 
-def _own(own: Sequence[LocalGpu], estimates: Sequence[MemoryEstimate]) -> Iterator[str]:
+def _own(own: Sequence[LocalGpu], asked: Asked, estimates: Sequence[MemoryEstimate]) -> Iterator[str]:
     """This machine's GPUs as they are now; those of a kind in one line, by the fullest."""
+    from dsllm.plan.hardware import gpu_of_device
     from dsllm.units import format_bytes
 
     for name in dict.fromkeys(gpu.name for gpu in own):
@@ -280,6 +293,9 @@ def _own(own: Sequence[LocalGpu], estimates: Sequence[MemoryEstimate]) -> Iterat
         if len(estimates) == 1:
             left = free - estimates[0].peak.total_bytes
             verdict = f"fits, {format_bytes(left)} left" if stages else f"does not fit: {_missing(estimates[0], free)}"
+        kind = gpu_of_device(name, asked.known)
+        if kind and asked.given.run.precision not in kind.flops:
+            verdict = f"cannot run it, without arithmetic in {asked.given.run.precision}"
         yield f"this machine: {len(alike)} x {name}, {format_bytes(free)} free now{of_each}: {verdict}"
 
 
@@ -328,11 +344,20 @@ def _advised(asked: Asked, advice: Advice, target: Gpu, aim: str) -> str:
     return f"{aim} {target.name}: nothing does; the least is {typed} with {needed}{host}, {missing}"
 
 
+def _settings(asked: Asked, advice: Advice) -> dict[str, str | int]:
+    """What changes, also of the spec itself: --zero has dropped from it what that stage does not have."""
+    from dsllm.plan.advice import changed_settings
+
+    of_the_spec = changed_settings(asked.given, advice.changed) if asked.given.has_batch else {}
+    return {**advice.settings, **of_the_spec}
+
+
 def _typed(asked: Asked, advice: Advice) -> str:
     """The options that say it; fields that no option sets beside --params are named as those of a spec."""
     options = {} if asked.given.has_batch else {"zero.stage": "--zero", "batch.micro_batch_size": "--micro-batch-size"}
-    words = [f"{options[name]} {value}" for name, value in advice.settings.items() if name in options]
-    others = [f"{name}={value}" for name, value in advice.settings.items() if name not in options]
+    settings = _settings(asked, advice)
+    words = [f"{options[name]} {value}" for name, value in settings.items() if name in options]
+    others = [f"{name}={value}" for name, value in settings.items() if name not in options]
     if asked.given.has_batch:
         words += [f"--set {setting}" for setting in others]
     if advice.world_size is not None:

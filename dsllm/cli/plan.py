@@ -105,19 +105,19 @@ def plan(
     """
     from dsllm.cli.plan_report import report_comparison, report_one
     from dsllm.plan.cost import Machine
-    from dsllm.plan.search import Conditions
+    from dsllm.plan.search import Conditions, Limits
 
     price = _positive("--price-per-hour", price_per_hour)
-    limits = _positive("--budget-dollars", budget_dollars), _positive("--deadline-hours", deadline_hours)
-    node = whole_number("--gpus-per-node", gpus_per_node, "GPUs in a machine") if gpus_per_node else None
+    limits = Limits(_positive("--budget-dollars", budget_dollars), _positive("--deadline-hours", deadline_hours))
+    node = None if gpus_per_node is None else whole_number("--gpus-per-node", gpus_per_node, "GPUs in a machine")
     known = _catalogue(hardware)
     run, kernels, evaluated, checkpoints = _run(spec, parameters, overrides or [])
-    calibration = _calibration(Path(calibrate_from), gpu, known) if calibrate_from else None
+    calibration = None if calibrate_from is None else _calibration(Path(calibrate_from), gpu, known, node)
     conditions = Conditions(kernels, calibration.pace if calibration else 1.0, price, evaluated)
-    has_limit = limits != (None, None)
-    counts = rank_counts(gpus or (GPUS_UNDER_A_LIMIT if has_limit else DEFAULT_GPUS))
+    unless_given = GPUS_UNDER_A_LIMIT if limits.are_given else DEFAULT_GPUS
+    counts = rank_counts(unless_given if gpus is None else gpus)
     machines = [Machine.of(one, count, node) for one in _devices(gpu, known) for count in counts]
-    if len(machines) == 1 and not has_limit:
+    if len(machines) == 1 and not limits.are_given:
         report_one(run, machines[0], conditions, calibration, checkpoints, as_json)
     else:
         report_comparison(run, machines, conditions, calibration, limits, as_json)
@@ -164,15 +164,16 @@ def _catalogue(hardware: str | None) -> tuple[Gpu, ...]:
     from dsllm.plan.calibration import with_constants
     from dsllm.plan.hardware import catalogue, with_user_file
 
-    path = hardware or os.environ.get(HARDWARE_VARIABLE)
-    known = with_user_file(Path(path)) if path else catalogue()
-    return tuple(with_constants(gpu, known_constants()) for gpu in known)
+    path = (os.environ.get(HARDWARE_VARIABLE) or None) if hardware is None else hardware
+    known = catalogue() if path is None else with_user_file(Path(path))
+    calibrated = known_constants()
+    return tuple(with_constants(gpu, calibrated) for gpu in known)
 
 
 def _devices(gpu: str | None, known: Sequence[Gpu]) -> list[Gpu]:
     from dsllm.plan.hardware import gpu_named
 
-    return [gpu_named(gpu, known)] if gpu else [one for one in known if not one.is_cpu]
+    return [one for one in known if not one.is_cpu] if gpu is None else [gpu_named(gpu, known)]
 
 
 def _run(spec: str | None, parameters: str | None, overrides: list[str]) -> tuple[Workload, Kernels, float, int | None]:
@@ -200,46 +201,83 @@ def _kernels(spec: Spec) -> Kernels:
     return "fused" if spec.training.compile else "eager"
 
 
-def _calibration(folder: Path, gpu: str | None, known: Sequence[Gpu]) -> Calibration:
-    """What the measured steps of a run folder say of the assumptions."""
+def _calibration(folder: Path, gpu: str | None, known: Sequence[Gpu], node: int | None) -> Calibration:
+    """What the measured steps of a run folder say of the assumptions; its machine's nodes hold `node` GPUs."""
+    from dsllm.plan.batch import resolve_batch
     from dsllm.plan.cost import Machine
     from dsllm.plan.pace import calibrate, measured_step_seconds
     from dsllm.plan.workload import workload
     from dsllm.spec.load import load_spec
 
-    lines = _read(folder / "metrics.jsonl").splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run leaves half a line
-    device = _entry(folder / "passport.json", "device", None)
-    world_size = _entry(folder / "passport.json", "world_size")
-    micro_batch_size = _entry(folder / "ds_config.json", "train_micro_batch_size_per_gpu")
+    metrics = folder / "metrics.jsonl"
+    records = _records(metrics)
+    passport, config = _object(folder / "passport.json"), _object(folder / "ds_config.json")
+    world_size = _whole(passport, "world_size", folder / "passport.json")
+    micro_batch_size = _whole(config, "train_micro_batch_size_per_gpu", folder / "ds_config.json")
     spec = load_spec(str(folder / "spec.yaml"))
-    machine = Machine.of(_measured_device(folder, device, gpu, known), world_size)
-    measured = measured_step_seconds(records, str(folder / "metrics.jsonl"))
+    micro_batch_size = resolve_batch(spec.batch, world_size, micro_batch_size).micro_batch_size
+    device = _measured_device(folder, str(passport.get("device") or ""), gpu, known)
+    machine = Machine.of(device, world_size, node)
+    measured = measured_step_seconds(records, str(metrics))
     return calibrate(workload(spec), machine, micro_batch_size, _kernels(spec), measured)
 
 
-def _entry(path: Path, *key_and_default: Any) -> Any:
-    """An entry of a JSON file of a run. Raises UserError where it is not there and has no default."""
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's steps. Raises UserError for a line that is none."""
+    from dsllm.errors import UserError
+
+    records = []
+    for number, line in enumerate(_read(path).splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break  # a killed run leaves half a line
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UserError(
+                f"--calibrate-from: {path}: line {number} is not the record of a step; remove it, or give another run"
+            )
+        records.append(record)
+    return records
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON file of a run. Raises UserError for one that holds anything else than entries."""
     from dsllm.errors import UserError
     from dsllm.spec.yaml_text import parse_json
 
-    document, key = parse_json(_read(path), str(path)), key_and_default[0]
-    if key in document or len(key_and_default) > 1:
-        return document.get(*key_and_default)
-    raise UserError(f"--calibrate-from: {path}: no entry '{key}'; give a folder that dsllm trained in")
+    document = parse_json(_read(path), str(path))
+    if not isinstance(document, dict):
+        raise UserError(f"--calibrate-from: {path}: holds no entries; give a folder that dsllm trained in")
+    return document
+
+
+def _whole(document: dict[str, Any], key: str, path: Path) -> int:
+    """A count among a run's entries. Raises UserError where there is none."""
+    from dsllm.errors import UserError
+
+    found = document.get(key)
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        given = f"given {found!r}" if key in document else "missing"
+        raise UserError(
+            f"--calibrate-from: {path}: {key}: {given}; must be a whole number from 1; "
+            "give a folder that dsllm trained in"
+        )
+    return found
 
 
 def _read(path: Path) -> str:
     from dsllm.errors import UserError
 
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")  # what is no text is no JSON either
     except OSError as error:
         raise UserError(f"--calibrate-from: {path}: {error.strerror}; give a run folder, as runs/quickstart") from error
 
 
-def _measured_device(folder: Path, device: str | None, gpu: str | None, known: Sequence[Gpu]) -> Gpu:
-    """What a run was measured on, by its passport; else what --gpu says."""
+def _measured_device(folder: Path, device: str, gpu: str | None, known: Sequence[Gpu]) -> Gpu:
+    """What a run was measured on, by its passport where that names a device; else what --gpu says."""
     from dsllm.errors import UserError
     from dsllm.plan.hardware import gpu_named, gpu_of_device
 

@@ -10,11 +10,14 @@ import typer
 
 if TYPE_CHECKING:
     from dsllm.plan.cost import Machine
+    from dsllm.plan.hardware import Gpu
     from dsllm.plan.pace import Calibration
-    from dsllm.plan.search import Conditions, Fit, Misfit, Plan
+    from dsllm.plan.search import Conditions, Fit, Limits, Misfit, Plan
     from dsllm.plan.workload import Workload
 
 SHOWN_FITS, SHOWN_MACHINES = 10, 30
+PRECISIONS = ("bf16", "fp16", "fp32")
+"""Of a run; the likeliest to be wanted first."""
 COLUMNS = ["", "ZeRO", "checkpointing", "offload", "micro", "accum", "GiB", "step s", "tokens/s", "MFU", "hours", "$"]
 
 
@@ -47,7 +50,7 @@ def report_one(
     _print_head(run, calibration)
     typer.echo(_machine_sentence(machine, conditions))
     _print_fits(found, given)
-    _print_misfits(found.misfits)
+    _print_misfits(found.misfits, has_fits=bool(found.fits))
     _print_advice(run, found, given, checkpoints or 1)
 
 
@@ -66,15 +69,16 @@ def _print_fits(found: Plan, given: Fit | Misfit | None) -> None:
         typer.echo(f"{len(found.fits) - SHOWN_FITS} slower ways fit too; --json lists them")
 
 
-def _print_misfits(misfits: Sequence[Misfit]) -> None:
-    """Why the rest does not fit; ways that fail for one reason share a line."""
+def _print_misfits(misfits: Sequence[Misfit], has_fits: bool) -> None:
+    """Why the rest does not fit; ways that fail for one reason share a line, and where all do, need no names."""
     reasons: dict[str, list[str]] = {}
     for misfit in misfits:
         reasons.setdefault(misfit.reason, []).append(_way(misfit.run))
     if reasons:
         typer.echo("does not fit:")
     for reason, ways in reasons.items():
-        typer.echo(f"  {'; '.join(ways)}: {reason}")
+        named = ways if len(ways) == 1 or len(reasons) > 1 or has_fits else [f"any of the {len(ways)} ways"]
+        typer.echo(f"  {'; '.join(named)}: {reason}")
 
 
 def _print_advice(run: Workload, found: Plan, given: Fit | Misfit | None, checkpoints: int) -> None:
@@ -84,7 +88,7 @@ def _print_advice(run: Workload, found: Plan, given: Fit | Misfit | None, checkp
 
     best = found.recommended(given)
     if best is None:
-        typer.echo("nothing fits; take more or larger GPUs: without --gpu all are compared")
+        typer.echo(f"nothing fits; {_way_out(run, found.machine.gpu, has_spec=given is not None)}")
         return
     each = checkpoint_bytes(best.run)
     typer.echo(f"disk: {format_bytes(each)} a checkpoint, {format_bytes(each * checkpoints)} for {checkpoints}")
@@ -94,6 +98,20 @@ def _print_advice(run: Workload, found: Plan, given: Fit | Misfit | None, checkp
     rates = best.cost.tokens_per_second, given.cost.tokens_per_second if isinstance(given, Fit) else 0.0
     gain = f" ({rates[0] / rates[1] - 1:+.0%} tokens/s)" if rates[1] else ""
     typer.echo(f"take{gain}: {_flags(run, best)}")
+
+
+def _way_out(run: Workload, gpu: Gpu, has_spec: bool) -> str:
+    """What to change where nothing fits: the precision, if the GPU does not have it, else the GPUs."""
+    if run.precision in gpu.flops:
+        return "take more or larger GPUs: without --gpu all are compared"
+    known = [precision for precision in PRECISIONS if precision in gpu.flops]
+    if not has_spec:
+        return f"{gpu.name} has {', '.join(known)}; give a SPEC with that training.precision, or take another GPU"
+    settings = {"training.precision": known[0]}
+    if run.gradient_accumulation_precision not in ("auto", "fp32", known[0]):
+        settings["training.gradient_accumulation_precision"] = "auto"
+    flags = " ".join(f"--set {name}={value}" for name, value in settings.items())
+    return f"{gpu.name} has {', '.join(known)}: {flags}; or take another GPU"
 
 
 def _flags(run: Workload, fit: Fit) -> str:
@@ -108,6 +126,8 @@ def changed_settings(run: Workload, fit: Fit) -> dict[str, str | int]:
     wanted: dict[str, tuple[Any, Any]] = {f"zero.{name}": (before[name], after[name]) for name in before}
     if "nvme" in before.values() and "nvme" not in after.values():
         wanted["zero.nvme_path"] = ("given", None)
+    types = run.gradient_accumulation_precision, fit.run.gradient_accumulation_precision
+    wanted["training.gradient_accumulation_precision"] = types
     wanted["training.activation_checkpointing"] = (run.activation_checkpointing, fit.run.activation_checkpointing)
     wanted["batch.micro_batch_size"] = (run.micro_batch_size or fit.micro_batch_size, fit.micro_batch_size)
     changed = {name: found for name, (given, found) in wanted.items() if found != given}
@@ -122,17 +142,17 @@ def report_comparison(
     machines: Sequence[Machine],
     conditions: Conditions,
     calibration: Calibration | None,
-    limits: tuple[float | None, float | None],
+    limits: Limits,
     as_json: bool,
 ) -> None:
-    """The way to run on each machine; `limits` are dollars and hours, of which either puts the machines in order."""
+    """The way to run on each machine, in the order of the machines, or of what the limits ask for."""
     from dsllm.plan.search import Fit, Misfit, best_on_each, within_limits
 
-    found = best_on_each(run, machines, conditions)
+    found = best_on_each(run, machines, conditions, limits)
     misfits = [one for one in found if isinstance(one, Misfit)]
     fits = [one for one in found if isinstance(one, Fit)]
-    if limits != (None, None):
-        fits = within_limits(fits, *limits)
+    if limits.are_given:
+        fits = within_limits(fits, limits)
     if as_json:
         document = {
             **_facts(run, calibration),
@@ -144,8 +164,8 @@ def report_comparison(
     _print_head(run, calibration)
     _print_machines(fits)
     _print_machine_misfits(misfits)
-    if limits != (None, None):
-        order = "fastest within the budget" if limits[1] is None else "cheapest within the deadline"
+    if limits.are_given:
+        order = "fastest within the budget" if limits.deadline_hours is None else "cheapest within the deadline"
         flags = _flags(run, fits[0])
         typer.echo(f"{order}: {_name(fits[0].machine)}{' with ' + flags if flags else ''}")
 

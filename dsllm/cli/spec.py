@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dsllm.cli.hardware import Hardware, known_devices
 from dsllm.cli.options import AsJson, Overrides, SpecArgument
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def config(
     gpu: Annotated[
         str, typer.Option(help="GPU that an automatic micro-batch size is chosen for; see estimate-memory.")
     ] = "a100-80gb",
+    hardware: Hardware = None,
     overrides: Overrides = None,
 ) -> None:
     """Print the DeepSpeed JSON of a spec, fully resolved."""
@@ -86,7 +88,8 @@ def config(
     from dsllm.spec.load import load_spec
 
     loaded = load_spec(spec, overrides or ())
-    micro_batch_size = choose_micro_batch(workload(loaded), world_size, gpu_named(gpu).memory_bytes)
+    chosen_for = gpu_named(gpu, known_devices(hardware))
+    micro_batch_size = choose_micro_batch(workload(loaded), world_size, chosen_for.memory_bytes)
     typer.echo(json.dumps(build_ds_config(loaded, world_size, device, micro_batch_size), indent=2))
 
 

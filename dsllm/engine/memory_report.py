@@ -36,11 +36,17 @@ class RankMemory:
     """Of the card, what its driver says is used beyond torch's allocator; None on the CPU."""
 
 
-def conclude(path: Path, predicted: MemoryEstimate, own: RankMemory) -> None:
-    """Compare over all ranks; rank 0 writes the report and says it. Collective."""
-    of_ranks = ranks.gather(own)
-    if distributed.get_rank() == 0:
-        report = memory_report(predicted, of_ranks, ranks.device_name())
+def conclude(
+    path: Path, predicted: MemoryEstimate, engine: DeepSpeedEngine, measured: MeasuredMemory | None, steps: int
+) -> None:
+    """Compare over all ranks; rank 0 writes the report and says it. Collective.
+
+    Nothing is said where a rank could not measure. The first step makes states that are kept from then on: in a run of
+    one step, what stays and what a phase adds to it cannot be told apart, and only peaks and states are compared.
+    """
+    of_ranks = [memory for memory in ranks.gather(measured and memory_of_rank(engine, measured)) if memory is not None]
+    if len(of_ranks) == distributed.get_world_size() and distributed.get_rank() == 0:
+        report = memory_report(predicted, of_ranks, ranks.device_name(), is_settled=steps > 1)
         write_whole(path, json.dumps(report, indent=2) + "\n")
         for line in report_lines(report):
             logger.info("%s", line)
@@ -53,10 +59,15 @@ def memory_of_rank(engine: DeepSpeedEngine, measured: MeasuredMemory) -> RankMem
     return RankMemory(measured, sum(weights.values()), sum(states.values()), _runtime_bytes())
 
 
-def memory_report(estimate: MemoryEstimate, of_ranks: list[RankMemory], device_name: str) -> dict[str, Any]:
-    """The run's `memory.json`: of every number the largest of all ranks', in bytes."""
+def memory_report(
+    estimate: MemoryEstimate, of_ranks: list[RankMemory], device_name: str, *, is_settled: bool
+) -> dict[str, Any]:
+    """The run's `memory.json`: of every number the largest of all ranks', in bytes.
+
+    With `is_settled`, what stays from step to step and what each phase adds to it are terms too.
+    """
     peaks = {phase: max(rank.measured.peak_bytes[phase] for rank in of_ranks) for phase in PHASES}
-    kept = max(rank.measured.kept_bytes for rank in of_ranks)
+    kept = max(rank.measured.kept_bytes for rank in of_ranks) if is_settled else None
     return {
         "device": device_name,
         "predicted": {
@@ -64,7 +75,7 @@ def memory_report(estimate: MemoryEstimate, of_ranks: list[RankMemory], device_n
             "terms": _terms(
                 estimate.peak.parameters_bytes,
                 estimate.peak.optimizer_bytes,
-                estimate.kept.total_bytes - estimate.kept.runtime_bytes,
+                estimate.kept.total_bytes - estimate.kept.runtime_bytes if is_settled else None,
                 {phase: estimate.tensor_bytes(phase) for phase in PHASES},
             ),
         },
@@ -92,12 +103,13 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _terms(parameters: int, optimizer: int, kept: int, peaks: dict[Any, int]) -> dict[str, int]:
-    """What stays from step to step, and what each phase adds to it at most."""
+def _terms(parameters: int, optimizer: int, kept: int | None, peaks: dict[Any, int]) -> dict[str, int]:
+    """What stays from step to step, and what each phase adds to it at most, where that is known."""
+    terms = {"peak_bytes": max(peaks.values()), "parameters_bytes": parameters, "optimizer_bytes": optimizer}
+    if kept is None:
+        return terms
     return {
-        "peak_bytes": max(peaks.values()),
-        "parameters_bytes": parameters,
-        "optimizer_bytes": optimizer,
+        **terms,
         "gradients_and_buckets_kept_bytes": max(0, kept - parameters - optimizer),
         **{f"{phase}_adds_bytes": max(0, peaks[phase] - kept) for phase in PHASES},
     }

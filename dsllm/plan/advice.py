@@ -19,8 +19,9 @@ One change before two, two before three; of as many, those whose costliest is ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
+from typing import Any
 
 from dsllm.plan.hardware import Gpu
 from dsllm.plan.memory import MemoryEstimate
@@ -46,16 +47,7 @@ class Advice:
     @property
     def settings(self) -> dict[str, str | int]:
         """The fields of the spec that change, and their new values."""
-        given, changed = self.given.run, self.changed.run
-        fields: dict[str, tuple[str | int, str | int]] = {
-            "batch.micro_batch_size": (self.given.micro_batch_size, self.changed.micro_batch_size),
-            "zero.stage": (given.zero.stage, changed.zero.stage),
-            "training.loss": (given.loss, changed.loss),
-            "training.activation_checkpointing": (given.activation_checkpointing, changed.activation_checkpointing),
-            "zero.offload_optimizer": (given.zero.offload_optimizer, changed.zero.offload_optimizer),
-            "zero.offload_param": (given.zero.offload_param, changed.zero.offload_param),
-        }
-        return {name: new for name, (old, new) in fields.items() if new != old}
+        return changed_settings(self.given, self.changed)
 
     @property
     def world_size(self) -> int | None:
@@ -63,10 +55,38 @@ class Advice:
         return None if self.changed.world_size == self.given.world_size else self.changed.world_size
 
 
+def changed_settings(given: Way, changed: Way) -> dict[str, str | int]:
+    """The fields of a spec that make the one way the other, with their new values as `--set` takes them.
+
+    They name all that a stage drops, too, so that the spec with them is one that `dsllm validate` takes.
+    """
+    before, after = _fields(given), _fields(changed)
+    settings: dict[str, str | int] = {name: _typed(new) for name, new in after.items() if new != before[name]}
+    if "nvme" in before.values() and "nvme" not in after.values():
+        settings["zero.nvme_path"] = "null"
+    return settings
+
+
+def _fields(way: Way) -> dict[str, Any]:
+    run = way.run
+    return {
+        "batch.micro_batch_size": way.micro_batch_size,
+        **{f"zero.{name}": value for name, value in asdict(run.zero).items()},
+        "training.loss": run.loss,
+        "training.activation_checkpointing": run.activation_checkpointing,
+        "training.gradient_accumulation_precision": run.gradient_accumulation_precision,
+    }
+
+
+def _typed(value: Any) -> str | int:
+    """As YAML has it."""
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else value
+
+
 def advise(given: Way, gpu: Gpu, predict: Callable[[Way], MemoryEstimate], more_ranks: bool = True) -> Advice:
     """The smallest change after which the GPU and its host hold the run, by `predict`; else the nearest miss.
 
-    `more_ranks` says whether there may be more of them.
+    `more_ranks` says whether there may be more of them. On a GPU without arithmetic in the run's precision nothing fits.
     """
     nearest: tuple[Way, MemoryEstimate] | None = None
     changes = [change for change in CHANGES if more_ranks or change is not _more_ranks]
@@ -74,7 +94,7 @@ def advise(given: Way, gpu: Gpu, predict: Callable[[Way], MemoryEstimate], more_
         estimate = predict(changed)
         if not _host_holds(changed, gpu, estimate):
             continue
-        if estimate.fits(gpu.memory_bytes):
+        if estimate.fits_on(gpu):
             return Advice(given, changed, estimate, fits=True)
         if nearest is None or estimate.peak.total_bytes < nearest[1].peak.total_bytes:
             nearest = changed, estimate

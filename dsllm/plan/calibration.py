@@ -64,7 +64,10 @@ def constants_of_run(path: Path) -> DeviceConstants:
         measured = document["measured"]
         runtime_bytes, peak_bytes = int(measured["runtime_bytes"]), max(measured["peak_bytes"].values())
         ratio = reserved_ratio(measured["reserved_bytes"], peak_bytes)
-        return DeviceConstants(str(document["device"]), runtime_bytes, ratio, str(path.parent))
+        found = DeviceConstants(str(document["device"]), runtime_bytes, ratio, str(path.parent))
+        if not _is_sound(found):
+            raise ValueError("a size that cannot be")
+        return found
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: no memory beside tensors was measured there; take a run on a GPU, or calibrate without --from"

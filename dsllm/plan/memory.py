@@ -6,15 +6,15 @@ activations.py; here they meet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from dsllm.plan import states
 from dsllm.plan.activations import Activations, Device, activations
-from dsllm.plan.hardware import gpus
+from dsllm.plan.hardware import Gpu, catalogue
 from dsllm.plan.moments import Held, Moment, moments
-from dsllm.plan.workload import Workload
+from dsllm.plan.workload import Precision, Workload
 from dsllm.units import GIB
 
 Phase = Literal["forward", "backward", "step"]
@@ -81,6 +81,8 @@ class MemoryEstimate:
     """What stays from one micro-batch to the next."""
     host_bytes: int
     """Host memory of all ranks together, for what is offloaded."""
+    precision: Precision = "bf16"
+    device: Device = "cuda"
 
     @property
     def peak_phase(self) -> Phase:
@@ -99,8 +101,17 @@ class MemoryEstimate:
         """Whether a card of that size holds the run, with a margin for fragmentation."""
         return self.peak.total_bytes <= memory_bytes * FITTING_SHARE
 
-    def as_dict(self) -> dict[str, Any]:
-        """The JSON that scripts rely on; bytes are whole numbers."""
+    def fits_on(self, gpu: Gpu) -> bool:
+        """The same of a device that is known, which must also have arithmetic in the run's precision."""
+        return self.precision in gpu.flops and self.fits(gpu.memory_bytes)
+
+    def as_dict(self, known: Sequence[Gpu] | None = None) -> dict[str, Any]:
+        """The JSON that scripts rely on; bytes are whole numbers.
+
+        `fits` is by the names of the known devices, those of the catalogue when absent, of the kind that the estimate
+        is for: GPUs, or the CPU alone.
+        """
+        devices = [gpu for gpu in known or catalogue() if gpu.is_cpu == (self.device == "cpu")]
         return {
             "parameters": self.parameters,
             "allocated_parameters": self.allocated_parameters,
@@ -112,7 +123,7 @@ class MemoryEstimate:
                 phase: {**asdict(terms), "total_bytes": terms.total_bytes} for phase, terms in self.phases.items()
             },
             "host_bytes": self.host_bytes,
-            "fits": {gpu.name: self.fits(gpu.memory_bytes) for gpu in gpus()},
+            "fits": {gpu.name: self.fits_on(gpu) for gpu in devices},
         }
 
 
@@ -155,6 +166,8 @@ def estimate_memory(
             communication_bytes=held["between"].communication,
         ),
         host_bytes=states.host_bytes(layout),
+        precision=run.precision,
+        device=device,
     )
 
 

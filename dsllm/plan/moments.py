@@ -260,7 +260,7 @@ def _gathered_elements(layout: Layout, fetched: int) -> int:
     shape, run = layout.run.shape, layout.run
     if layout.world_size == 1:
         return 0
-    live = live_elements(run.zero, shape)
+    live = max(live_elements(run.zero, shape), layout.largest_tensor)  # what is at work is whole, whatever the limit
     blocks = shape.num_layers * shape.parameters_per_layer
     on_top = fetched + shape.parameters_per_layer if fetched and blocks > live else 0
     return min(live + on_top, layout.parameters)

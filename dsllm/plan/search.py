@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from dsllm.plan.cost import Cost, Machine, run_cost, step_time
 from dsllm.plan.hardware import Gpu
 from dsllm.plan.memory import FITTING_SHARE, MemoryEstimate, estimate_memory
 from dsllm.plan.work import Kernels
-from dsllm.plan.workload import Checkpointing, OffloadDevice, Workload
+from dsllm.plan.workload import CHECKPOINTINGS, OffloadDevice, Workload
 from dsllm.units import format_bytes
 
 HOST_SHARE = 0.9
@@ -23,7 +24,6 @@ HOST_SHARE = 0.9
 RESOLUTION = 0.03
 """Difference in throughput below which the prediction cannot tell two ways apart, and the plainer one is taken."""
 
-CHECKPOINTINGS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 OFFLOADS: dict[int, tuple[tuple[OffloadDevice, OffloadDevice], ...]] = {
     0: (("none", "none"),),
     1: (("none", "none"), ("cpu", "none")),
@@ -33,30 +33,43 @@ OFFLOADS: dict[int, tuple[tuple[OffloadDevice, OffloadDevice], ...]] = {
 """Where optimizer states and parameters may live, by stage."""
 
 
-def choose_micro_batch(run: Workload, world_size: int, device_memory_bytes: int, device: Device = "cuda") -> int:
+def choose_micro_batch(
+    run: Workload,
+    world_size: int,
+    device_memory_bytes: int,
+    device: Device = "cuda",
+    runtime_bytes: int | None = None,
+) -> int:
     """Sequences per forward on each rank: the run's own number, or for `auto` the largest that is predicted to fit.
 
     Only sizes that divide a rank's share of the global batch are considered, and 1 is taken where nothing fits: the
-    estimate may be wrong, and the run is the judge. Raises UserError where the batch does not divide over the ranks.
+    estimate may be wrong, and the run is the judge. `runtime_bytes` overrules the device's constant. Raises UserError
+    where the batch does not divide over the ranks.
     """
     if run.micro_batch_size is not None:
         return run.micro_batch_size
     sizes = micro_batch_choices(run.global_batch_size, world_size)
-    fitting = [size for size in sizes if _memory(run, world_size, size, device).fits(device_memory_bytes)]
-    return max(fitting, default=1)
+
+    def fits(size: int) -> bool:
+        memory = estimate_memory(run, world_size, size, device=device, runtime_bytes=runtime_bytes)
+        return memory.fits(device_memory_bytes)
+
+    return max(filter(fits, sizes), default=1)
 
 
 @lru_cache(maxsize=50_000)
-def _memory(
-    run: Workload, world_size: int, micro_batch_size: int, device: Device = "cuda", runtime_bytes: int | None = None
-) -> MemoryEstimate:
-    """The estimate, kept: a comparison of GPUs asks for each one once for every GPU."""
-    return estimate_memory(run, world_size, micro_batch_size, device=device, runtime_bytes=runtime_bytes)
+def _tensors(run: Workload, world_size: int, micro_batch_size: int, device: Device) -> MemoryEstimate:
+    """The estimate without a runtime, kept: a comparison asks for each one once for every GPU."""
+    return estimate_memory(run, world_size, micro_batch_size, device=device, runtime_bytes=0)
 
 
 def _memory_on(machine: Machine, run: Workload, micro_batch_size: int) -> MemoryEstimate:
+    """The estimate with what the GPU holds beside tensors, in all phases the same: that of the largest."""
     gpu = machine.gpu
-    return _memory(run, machine.world_size, micro_batch_size, "cpu" if gpu.is_cpu else "cuda", gpu.runtime_bytes)
+    estimate = _tensors(run, machine.world_size, micro_batch_size, "cpu" if gpu.is_cpu else "cuda")
+    beside = gpu.beside(estimate.peak.total_bytes)
+    phases = {phase: replace(terms, runtime_bytes=beside) for phase, terms in estimate.phases.items()}
+    return replace(estimate, phases=phases, kept=replace(estimate.kept, runtime_bytes=beside))
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ def _complexity(fit: Fit) -> tuple[int, float, int, float]:
     zero = fit.run.zero
     offloaded = (zero.offload_optimizer != "none") + (zero.offload_param != "none")
     repeated = CHECKPOINTINGS.index(fit.run.activation_checkpointing)
-    # stage 1 before stage 0, whose optimizer in 16 bits is DeepSpeed's slowest and least used
+    # stage 1 before stage 0, which adds gradients up in 16 bits and holds all optimizer states on every rank
     return offloaded, zero.stage or 1.5, repeated, -fit.cost.tokens_per_second
 
 
@@ -158,11 +171,11 @@ def as_given(run: Workload, machine: Machine, conditions: Conditions = Condition
 def variants(run: Workload, gpu: Gpu) -> Iterator[Workload]:
     """The run at every stage, with every checkpointing and every offload that the stage has; none to a CPU's host."""
     for stage, offloads in OFFLOADS.items():
-        staged = run.at_stage(stage)
+        staged = run.zero.at_stage(stage)
         for optimizer, param in offloads[:1] if gpu.is_cpu else offloads:
-            zero = replace(staged.zero, offload_optimizer=optimizer, offload_param=param)
+            variant = run.with_zero(replace(staged, offload_optimizer=optimizer, offload_param=param))
             for checkpointing in CHECKPOINTINGS:
-                yield replace(staged, zero=zero, activation_checkpointing=checkpointing)
+                yield replace(variant, activation_checkpointing=checkpointing)
 
 
 def _fit(run: Workload, machine: Machine, sizes: Sequence[int], conditions: Conditions) -> Fit | Misfit:
@@ -210,8 +223,42 @@ def _host_bytes(machine: Machine, memory: MemoryEstimate) -> int:
     return memory.host_bytes * machine.ranks_per_node // machine.world_size
 
 
-def best_on_each(run: Workload, machines: Sequence[Machine], conditions: Conditions) -> list[Fit | Misfit]:
-    """The way to run on each machine, or the nearest miss where nothing fits, in the order of the machines."""
+@dataclass(frozen=True)
+class Limits:
+    """What a run may cost and take at most; None for what does not matter."""
+
+    budget_dollars: float | None = None
+    deadline_hours: float | None = None
+
+    @property
+    def are_given(self) -> bool:
+        return self.budget_dollars is not None or self.deadline_hours is not None
+
+    def overrun(self, fit: Fit) -> float:
+        """The worse of dollars over budget and hours over deadline; at most 1 where both are kept."""
+        ratios = [0.0]
+        if self.budget_dollars is not None:
+            ratios.append(_dollars(fit) / self.budget_dollars)
+        if self.deadline_hours is not None:
+            ratios.append(fit.cost.hours / self.deadline_hours)
+        return max(ratios)
+
+    def keep(self, fit: Fit) -> bool:
+        return self.overrun(fit) <= 1
+
+    def __str__(self) -> str:
+        """The options that they are given as."""
+        given = {"--budget-dollars": self.budget_dollars, "--deadline-hours": self.deadline_hours}
+        return " and ".join(f"{option} {limit:.12g}" for option, limit in given.items() if limit is not None)
+
+
+def best_on_each(
+    run: Workload, machines: Sequence[Machine], conditions: Conditions, limits: Limits = Limits()
+) -> list[Fit | Misfit]:
+    """The way to run on each machine, or the nearest miss where nothing fits, in the order of the machines.
+
+    It is the recommended one, unless that misses the limits: then the fastest, which is the cheapest of a machine too.
+    """
     found: list[Fit | Misfit] = []
     for machine in machines:
         try:
@@ -220,21 +267,23 @@ def best_on_each(run: Workload, machines: Sequence[Machine], conditions: Conditi
             reason = f"{run.global_batch_size} sequences do not divide over {machine.world_size} ranks"
             found.append(Misfit(run, machine, reason))
             continue
-        found.append(plan.recommended() or plan.misfits[0])
+        best = plan.recommended()
+        if best is not None and not limits.keep(best):
+            best = plan.fits[0]
+        found.append(best or plan.misfits[0])
     return found
 
 
-def within_limits(fits: Sequence[Fit], budget_dollars: float | None, deadline_hours: float | None) -> list[Fit]:
+def within_limits(fits: Sequence[Fit], limits: Limits) -> list[Fit]:
     """What keeps the budget and the deadline; the cheapest first where there is a deadline, else the fastest.
 
     Raises UserError where nothing does, with what comes closest and by how much it misses. A device without a price
     keeps no budget.
     """
-    overruns = [_overrun(fit, budget_dollars, deadline_hours) for fit in fits]
-    kept = [fit for fit, overrun in zip(fits, overruns, strict=True) if overrun <= 1]
+    kept = [fit for fit in fits if limits.keep(fit)]
     if not kept:
-        raise UserError(_nearest_miss(fits, overruns, budget_dollars, deadline_hours))
-    if deadline_hours is None:
+        raise UserError(_nearest_miss(fits, limits))
+    if limits.deadline_hours is None:
         return sorted(kept, key=lambda fit: fit.cost.run_seconds)
     return sorted(kept, key=lambda fit: (_dollars(fit), fit.cost.run_seconds))
 
@@ -243,32 +292,27 @@ def _dollars(fit: Fit) -> float:
     return float("inf") if fit.cost.dollars is None else fit.cost.dollars
 
 
-def _overrun(fit: Fit, budget_dollars: float | None, deadline_hours: float | None) -> float:
-    """The worse of dollars over budget and hours over deadline; at most 1 where both are kept."""
-    ratios = [0.0]
-    if budget_dollars is not None:
-        ratios.append(_dollars(fit) / budget_dollars)
-    if deadline_hours is not None:
-        ratios.append(fit.cost.hours / deadline_hours)
-    return max(ratios)
-
-
-def _nearest_miss(
-    fits: Sequence[Fit], overruns: Sequence[float], budget_dollars: float | None, deadline_hours: float | None
-) -> str:
-    given = [f"--budget-dollars {budget_dollars:g}"] if budget_dollars is not None else []
-    given += [f"--deadline-hours {deadline_hours:g}"] if deadline_hours is not None else []
-    limits = " and ".join(given)
-    if not fits or min(overruns) == float("inf"):
+def _nearest_miss(fits: Sequence[Fit], limits: Limits) -> str:
+    if not fits or min(limits.overrun(fit) for fit in fits) == float("inf"):
         return f"plan: given {limits}; nothing that fits has a price; give other GPUs, or --price-per-hour"
-    fit = min(zip(fits, overruns, strict=True), key=lambda pair: pair[1])[0]
+    fit = min(fits, key=limits.overrun)
+    hours, dollars = f"{fit.cost.hours:,.1f}", f"{_dollars(fit):,.2f}"
     over = []
-    if budget_dollars is not None and _dollars(fit) > budget_dollars:
-        over.append(f"${_dollars(fit) - budget_dollars:,.2f} over the budget")
-    if deadline_hours is not None and fit.cost.hours > deadline_hours:
-        over.append(f"{fit.cost.hours - deadline_hours:,.1f} hours over the deadline")
-    dollars = "" if fit.cost.dollars is None else f" and ${fit.cost.dollars:,.2f}"
+    if limits.budget_dollars is not None and _dollars(fit) > limits.budget_dollars:
+        dollars, by = _told_apart(_dollars(fit), limits.budget_dollars, 2)
+        over.append(f"${by} over the budget")
+    if limits.deadline_hours is not None and fit.cost.hours > limits.deadline_hours:
+        hours, by = _told_apart(fit.cost.hours, limits.deadline_hours, 1)
+        over.append(f"{by} hours over the deadline")
+    price = "" if fit.cost.dollars is None else f" and ${dollars}"
     return (
         f"plan: given {limits}, which nothing keeps; closest is {fit.machine.world_size} x {fit.machine.gpu.name} with "
-        f"{fit.cost.hours:,.1f} hours{dollars}, {' and '.join(over)}; raise the limit, or train on fewer tokens"
+        f"{hours} hours{price}, {' and '.join(over)}; raise the limit, or train on fewer tokens"
     )
+
+
+def _told_apart(value: float, limit: float, decimals: int) -> tuple[str, str]:
+    """The value and what it is over the limit, with so many decimals that the latter has two digits at least."""
+    over = value - limit
+    decimals = max(decimals, 1 - math.floor(math.log10(over)))
+    return f"{value:,.{decimals}f}", f"{over:,.{decimals}f}"

@@ -22,22 +22,26 @@ NUM_RANKS = 2
 LAYERS = "num_layers: 3, hidden_size: 128, num_attention_heads: 4, max_position_embeddings: 128"
 WORST, WORST_UNDER = 0.08, 0.05
 
-CASES = [
-    (family, stage, checkpointing, accumulation, loss)
-    for stage, (family, checkpointing, accumulation, loss) in itertools.product(
-        range(4), [("gpt2", "none", 1, "chunked"), ("llama", "full", 2, "plain"), ("llama", "selective", 2, "chunked")]
-    )
+KINDS = [
+    ("gpt2", "fp32", "none", 1, "chunked"),
+    ("llama", "fp32", "full", 2, "plain"),
+    ("llama", "fp32", "selective", 2, "chunked"),
+    ("gpt2", "bf16", "none", 2, "chunked"),
 ]
+CASES = [(stage, *kind) for stage, kind in itertools.product(range(4), KINDS)]
 
 
-def case_of(family: str, stage: int, checkpointing: str, accumulation: int, loss: str) -> dict[str, Any]:
+def case_of(
+    stage: int, family: str, precision: str, checkpointing: str, accumulation: int, loss: str
+) -> dict[str, Any]:
     return {
         "spec": "quickstart",
         "overrides": [
             f"model={{family: {family}, {LAYERS}}}",
             "tokenizer={kind: bpe, vocab_size: 1024}",
             f"batch={{sequence_length: 128, micro_batch_size: 4, global_batch_size: {4 * accumulation * NUM_RANKS}}}",
-            f"training={{train_steps: 100, precision: fp32, loss: {loss}, activation_checkpointing: {checkpointing}}}",
+            f"training={{train_steps: 100, precision: {precision}, loss: {loss}}}",
+            f"training.activation_checkpointing={checkpointing}",
             f"zero={{stage: {stage}}}",
         ],
     }
