@@ -21,7 +21,11 @@ from dsllm.plan.calibration import (
     with_constants,
     write_constants,
 )
-from dsllm.plan.hardware import gpu_named
+from dsllm.plan.cost import Machine
+from dsllm.plan.hardware import gpu_named, with_user_file
+from dsllm.plan.search import search
+from dsllm.plan.workload import workload
+from dsllm.spec.load import load_spec
 from tests.test_cli import run
 
 MIB = 2**20
@@ -221,8 +225,48 @@ def test_a_gpu_is_measured_by_a_real_run(capsys: pytest.CaptureFixture[str], mon
     assert 1.0 <= found["reserved_ratio"] < 1.5
 
 
-def test_a_plan_counts_with_what_was_calibrated_and_with_the_gaps_of_a_full_card() -> None:
-    gpu = gpu_named("a100-40gb")
-    known = {"NVIDIA A100-SXM4-40GB": DeviceConstants("NVIDIA A100-SXM4-40GB", 500, 1.5, "here")}
-    assert with_constants(gpu, known).runtime_bytes == 500 + round(0.5 * gpu.memory_bytes)
+# --- in a plan --------------------------------------------------------------------------------------------------------
+
+
+def test_a_gpu_has_as_much_beside_tensors_as_was_calibrated() -> None:
+    known = {one.device: one for one in (A100, CPU)}
+    for name, constants in (("a100-40gb", A100), ("cpu", CPU)):
+        gpu = with_constants(gpu_named(name), known)
+        assert [gpu.beside(size * MIB) for size in (0, 1000)] == [constants.beside(size * MIB) for size in (0, 1000)]
     assert with_constants(gpu_named("h100-80gb"), known) == gpu_named("h100-80gb")
+
+
+def test_a_users_own_device_has_its_calibration(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "l40s-48gb: {memory_gib: 44.5, flops: {bf16: 362e12}, memory_bytes_per_second: 864e9, device_names: L40S}"
+    )
+    devices = with_user_file(path)
+    own = DeviceConstants("NVIDIA L40S", 700 * MIB, 1.02, "dsllm calibrate")
+    assert constants_of_gpu({own.device: own}, gpu_named("l40s", devices)) == own
+    assert with_constants(gpu_named("l40s", devices), {own.device: own}).runtime_bytes == 700 * MIB
+    assert constants_of_gpu({own.device: own}, gpu_named("l4")) is None
+
+
+@pytest.mark.parametrize("ratio", [None, 1.07])
+def test_plan_and_estimate_memory_agree_about_a_calibrated_gpu(
+    capsys: pytest.CaptureFixture[str], ratio: float | None
+) -> None:
+    write_constants(calibration_file(), DeviceConstants(A100.device, 700 * MIB, ratio, "here"))
+    on = ["--gpu", "a100-40gb", "--gpus", "8", "--json"]
+    planned = json.loads(run(capsys, "plan", "1b", *on)[1])["as_given"]
+    stage, micro = str(planned["zero_stage"]), str(planned["micro_batch_size"])
+    arguments = ["estimate-memory", "--spec", "1b", "--zero", stage, "--micro-batch-size", micro, *on]
+    estimated = json.loads(run(capsys, *arguments)[1])
+    assert planned["peak_bytes"] == estimated["per_gpu"]["total_bytes"]
+    assert estimated["fits"]["a100-40gb"] is True
+
+
+def test_the_gaps_of_the_allocator_are_reserved_once() -> None:
+    gpu = gpu_named("a100-40gb")
+    constants = DeviceConstants(A100.device, 700 * MIB, 1.3, "here")
+    machine = Machine.of(with_constants(gpu, {A100.device: constants}), 8)
+    for fit in search(workload(load_spec("1b")), machine).fits:
+        tensors = fit.memory.tensor_bytes(fit.memory.peak_phase)
+        assert fit.memory.peak.runtime_bytes == constants.beside(tensors) < constants.beside(gpu.memory_bytes)
+        assert fit.memory.kept.runtime_bytes == fit.memory.peak.runtime_bytes

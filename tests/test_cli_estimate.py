@@ -22,6 +22,8 @@ from tests.test_cli import run
 
 ROOT = Path(__file__).parent.parent
 GIB, MIB = 2**30, 2**20
+FP16 = ["--set", "training.precision=fp16"]
+BF16_SUMS = ["--set", "training.gradient_accumulation_precision=bf16"]
 TERMS = ["parameters", "gradients", "optimizer", "activations", "logits", "communication", "temporaries", "runtime"]
 
 
@@ -30,6 +32,7 @@ def _a_machine_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("DSLLM_DEBUG", "")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+    monkeypatch.delenv("DSLLM_HARDWARE", raising=False)
 
 
 def estimate(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -135,8 +138,8 @@ def test_the_gpus_that_hold_it_and_what_is_left(capsys: pytest.CaptureFixture[st
 
 
 def test_one_gpu_that_does_not_hold_it_says_by_how_much(capsys: pytest.CaptureFixture[str]) -> None:
-    out = estimate(capsys, "--spec", "llama-7b", "--zero", "0", "--gpu", "t4")
-    needed = as_json(capsys, "--spec", "llama-7b", "--zero", "0", "--gpu", "t4")["per_gpu"]["total_bytes"]
+    arguments = ["--spec", "llama-7b", "--zero", "0", "--gpu", "t4", *FP16]
+    out, needed = estimate(capsys, *arguments), as_json(capsys, *arguments)["per_gpu"]["total_bytes"]
     over = (needed - 0.95 * gpu_named("t4").memory_bytes) / GIB
     assert f"does not fit t4-16gb: {over:.2f} GiB more than 95% of its 14.56 GiB" in out
 
@@ -144,8 +147,11 @@ def test_one_gpu_that_does_not_hold_it_says_by_how_much(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--spec", "gpt2-124m", "--zero", "2", "--gpu", "t4", "--set", "batch.micro_batch_size=64"],
-        ["--spec", "1b", "--zero", "1", "--gpu", "t4"],
+        ["--spec", "gpt2-124m", "--zero", "2", "--gpu", "t4", "--set", "batch.micro_batch_size=64", *FP16],
+        ["--spec", "1b", "--zero", "1", "--gpu", "t4", *FP16],
+        ["--spec", "1b", "--zero", "0", "--gpu", "rtx-4090", "--gpus", "2", "--set", "zero.overlap_comm=true"],
+        ["--spec", "1b", "--zero", "1", "--gpu", "rtx-4090", "--set", "zero.reduce_bucket_elements=100000000"],
+        ["--spec", "1b", "--zero", "0", "--gpu", "rtx-4090", *BF16_SUMS, "--gpus", "2"],
         ["--spec", "llama-7b", "--gpu", "l4"],
         ["--params", "7e9", "--zero", "1", "--gpus", "8", "--gpu", "a100-40gb"],
     ],
@@ -185,15 +191,38 @@ def test_more_gpus_come_with_what_does_without_them(capsys: pytest.CaptureFixtur
 
 
 def test_what_nothing_holds_is_said_with_the_nearest_miss(capsys: pytest.CaptureFixture[str]) -> None:
-    out = estimate(capsys, "--params", "9e12", "--zero", "0", "--gpu", "t4")
+    out = estimate(capsys, "--params", "9e12", "--zero", "0", "--gpu", "l4")
     assert re.search(
-        r"^to fit t4-16gb: nothing does; the least is --zero 3 .* more than 95% of its 14.56 GiB$", out, re.M
+        r"^to fit l4-24gb: nothing does; the least is --zero 3 .* more than 95% of its 21.95 GiB$", out, re.M
     )
 
 
-def test_a_gpu_without_the_arithmetic_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "note: v100-32gb has no arithmetic in bf16" in estimate(capsys, "--spec", "1b", "--gpu", "v100")
+def test_a_gpu_without_the_arithmetic_is_noted_and_holds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    out = estimate(capsys, "--spec", "1b", "--zero", "3", "--gpus", "8", "--gpu", "v100")
+    assert "note: v100-32gb has no arithmetic in bf16; set training.precision to fp16 or fp32\n" in out
+    assert out.splitlines()[-1].endswith(" on each GPU; cannot run on v100-32gb, which has no arithmetic in bf16")
+    of_parameters = estimate(capsys, "--params", "1e9", "--gpu", "v100")
+    assert "no arithmetic in bf16; give a spec with training.precision fp16 or fp32\n" in of_parameters
     assert "no arithmetic" not in estimate(capsys, "--spec", "1b", "--gpu", "h100")
+
+
+def test_gpus_without_the_arithmetic_are_not_among_those_that_hold_it(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--spec", "1b", "--zero", "3", "--gpus", "8"]
+    small = {"t4-16gb", "v100-32gb"}
+    fits = as_json(capsys, *arguments)["fits"]
+    assert {name for name, holds in fits.items() if not holds} == small
+    assert not any(name in estimate(capsys, *arguments) for name in small)
+    assert all(as_json(capsys, *arguments, *FP16)["fits"].values())
+    assert all(name in estimate(capsys, *arguments, *FP16) for name in small)
+
+
+def test_advice_is_for_a_gpu_with_the_arithmetic(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("huge-999gb: {memory_gib: 999, flops: {fp16: 1e15}, memory_bytes_per_second: 1e12}\n")
+    out = estimate(capsys, "--params", "200e9", "--zero", "0", "--hardware", str(mine))
+    assert "does not fit any known GPU, the largest being b200-180gb: " in out
+    assert "to fit b200-180gb: " in out
+    assert "huge" not in out
 
 
 def test_on_the_cpu_ranks_share_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +230,80 @@ def test_on_the_cpu_ranks_share_the_machine(capsys: pytest.CaptureFixture[str]) 
     out, document = estimate(capsys, *arguments), as_json(capsys, *arguments)
     together = 2 * document["per_gpu"]["total_bytes"] / MIB
     assert re.search(rf"^all ranks on this machine, which has [\d.]+ GiB: stage 2 {together:.2f} MiB$", out, re.M)
+
+
+def test_an_estimate_for_the_cpu_fits_a_cpu_and_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert as_json(capsys, "--spec", "quickstart", "--zero", "2", "--device", "cpu")["fits"] == {"cpu": True}
+    assert as_json(capsys, "--params", "13e9", "--zero", "0", "--device", "cpu")["fits"] == {"cpu": False}
+
+
+def test_the_cpu_that_is_named_says_what_is_left_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--zero", "0", "--device", "cpu", "--gpu", "cpu"]
+    needed = as_json(capsys, "--params", "1e8", *arguments)["per_gpu"]["total_bytes"]
+    left = (gpu_named("cpu").memory_bytes - needed) / GIB
+    out = estimate(capsys, "--params", "1e8", *arguments)
+    assert f"stage 0: {needed / GIB:.2f} GiB on each CPU rank; fits cpu ({left:.2f} GiB left)\n" in out
+    assert "on each CPU rank; does not fit cpu: " in estimate(capsys, "--params", "13e9", *arguments)
+
+
+# --- devices of the user's own ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_hardware(tmp_path: Path) -> str:
+    """A file with a GPU that the catalogue lacks, and with half of an A100."""
+    path = tmp_path / "hardware.yaml"
+    path.write_text(
+        "l40s-48gb: {memory_gib: 44.5, flops: {bf16: 362e12, fp32: 91.6e12}, memory_bytes_per_second: 864e9}\n"
+        "a100-80gb: {memory_gib: 40}\n"
+    )
+    return str(path)
+
+
+def test_devices_of_a_file_are_known_by_option_and_by_variable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, own_hardware: str
+) -> None:
+    arguments = ["--spec", "1b", "--zero", "3", "--gpus", "8"]
+    assert "l40s-48gb" not in as_json(capsys, *arguments)["fits"]
+    by_option = estimate(capsys, *arguments, "--gpu", "l40s", "--hardware", own_hardware)
+    assert "; fits l40s-48gb (" in by_option
+    assert ", l40s-48gb (" in estimate(capsys, *arguments, "--hardware", own_hardware)
+    monkeypatch.setenv("DSLLM_HARDWARE", own_hardware)
+    assert estimate(capsys, *arguments, "--gpu", "l40s") == by_option
+    assert as_json(capsys, *arguments)["fits"]["l40s-48gb"] is True
+
+
+def test_config_chooses_the_micro_batch_for_a_gpu_of_a_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, own_hardware: str
+) -> None:
+    def size(*arguments: str) -> int:
+        status, out, err = run(capsys, "config", "gpt2-124m", "--world-size", "2", *arguments)
+        assert (status, err) == (0, "")
+        return int(json.loads(out)["train_micro_batch_size_per_gpu"])
+
+    whole, half = size(), size("--hardware", own_hardware)
+    assert half < size("--gpu", "l40s", "--hardware", own_hardware) <= whole
+    monkeypatch.setenv("DSLLM_HARDWARE", own_hardware)
+    assert size() == half
+
+
+def test_config_leaves_room_for_the_runtime_of_the_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sizes = []
+    for gib in (1, 70):
+        path = tmp_path / f"{gib}.yaml"
+        path.write_text(f"a100-80gb: {{runtime_gib: {gib}}}\n")
+        _, out, _ = run(capsys, "config", "gpt2-124m", "--world-size", "2", "--hardware", str(path))
+        sizes.append(json.loads(out)["train_micro_batch_size_per_gpu"])
+    assert sizes[1] < sizes[0]
+
+
+def test_a_device_of_the_file_counts_with_its_calibration(
+    capsys: pytest.CaptureFixture[str], own_hardware: str, tmp_path: Path
+) -> None:
+    constants = DeviceConstants("NVIDIA L40S-48GB", 600 * MIB, None, "runs/x")
+    write_constants(tmp_path / "settings/dsllm/calibration.json", constants)
+    arguments = ["--spec", "1b", "--zero", "3", "--gpu", "l40s", "--hardware", own_hardware]
+    assert as_json(capsys, *arguments)["per_gpu"]["runtime_bytes"] == 600 * MIB
 
 
 # --- this machine's own GPUs, by a driver's program of the test -------------------------------------------------------
@@ -246,6 +349,15 @@ def test_a_selection_of_gpus_is_followed(
     assert re.match(r"this machine: 1 x NVIDIA A100-SXM4-40GB, 38.09 GiB free now: fits, [\d.]+ GiB left$", line)
 
 
+def test_a_gpu_of_this_machine_without_the_arithmetic_cannot_run_it(
+    capsys: pytest.CaptureFixture[str], nvidia_smi: Path
+) -> None:
+    answer(nvidia_smi, "0, GPU-aa, Tesla V100-SXM2-32GB, 32768, 0, 32768")
+    (line,) = own_lines(capsys)
+    assert line.endswith(" free now: cannot run it, without arithmetic in bf16")
+    assert ": holds stage " in own_lines(capsys, *FP16)[0]
+
+
 def test_of_several_stages_those_are_named_that_this_machine_holds(
     capsys: pytest.CaptureFixture[str], nvidia_smi: Path
 ) -> None:
@@ -280,6 +392,18 @@ def test_constants_of_this_machines_gpu_are_used_where_none_is_named(
     assert "runtime as measured on NVIDIA A100-SXM4-40GB (runs/x)" in estimate(capsys, "--spec", "1b", "--zero", "3")
     catalogued = as_json(capsys, "--spec", "1b", "--zero", "3", "--gpu", "h100")["per_gpu"]["runtime_bytes"]
     assert catalogued == gpu_named("h100").runtime_bytes
+
+
+@pytest.mark.parametrize("runtime_bytes", [-5, "1e999"])
+def test_a_size_that_cannot_be_is_not_kept(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, runtime_bytes: object
+) -> None:
+    measured = f'{{"runtime_bytes": {runtime_bytes}, "peak_bytes": {{"step": 100}}, "reserved_bytes": 110}}'
+    (tmp_path / "memory.json").write_text(f'{{"device": "NVIDIA H200", "measured": {measured}}}')
+    status, out, err = run(capsys, "calibrate", "--from", str(tmp_path))
+    assert (status, out) == (2, "")
+    assert err.startswith(f"dsllm: {tmp_path}/memory.json: no memory beside tensors was measured there; ")
+    assert not (tmp_path / "settings/dsllm/calibration.json").exists()
 
 
 # --- tracing ----------------------------------------------------------------------------------------------------------
@@ -364,6 +488,21 @@ def test_tracing_without_torch_says_what_to_install(
             ["--spec", "1b", "--set", "model=null"],
             "1b: model: given null; must be a section with family, num_layers, hidden_size, num_attention_heads",
         ),
+        (
+            ["--spec", "1b", "--gpus", "7"],
+            "batch.global_batch_size: given 512; micro_batch_size 8 on 7 ranks takes 56 sequences at a time, which "
+            "must divide it; try global_batch_size 504 or 560, or 4 or 8 ranks",
+        ),
+        (
+            ["--spec", "1b", "--micro-batch-size", "1000"],
+            "batch.global_batch_size: given 512; micro_batch_size 1000 on 1 rank takes 1000 sequences at a time, which "
+            "must divide it; try global_batch_size 1000, or micro_batch_size 256 or 512",
+        ),
+        (
+            ["--spec", "gpt2-124m", "--gpus", "3"],
+            "batch.global_batch_size: given 512; micro_batch_size 1 on 3 ranks takes 3 sequences at a time",
+        ),
+        (["--params", "1e9", "--hardware", "nowhere.yaml"], "nowhere.yaml: cannot be read: "),
         (["--spec", "1b", "--config", "x"], "--config: given without --trace, which alone can read any network"),
         (["--params", "1e9", "--config", "x"], "--config: given with --params; a network has one source"),
         (["--params", "1e9", "--trace"], "--trace: given with --params, for which there is no network; give --spec"),
@@ -393,8 +532,11 @@ def test_a_spec_without_a_model_says_so(capsys: pytest.CaptureFixture[str], tmp_
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("output", [[], ["--json"]], ids=["table", "json"])
-def test_a_prediction_from_parameters_imports_neither_torch_nor_pydantic(output: list[str]) -> None:
+@pytest.mark.parametrize("output", [[], ["--json"], ["--gpu", "l40s"]], ids=["table", "json", "own hardware"])
+def test_a_prediction_from_parameters_imports_neither_torch_nor_pydantic(
+    output: list[str], own_hardware: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSLLM_HARDWARE", own_hardware)
     arguments = ["dsllm", "estimate-memory", "--params", "1e9", "--zero", "3", *output]
     program = (
         f"import sys; sys.argv = {arguments!r}\n"

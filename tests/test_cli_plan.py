@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dsllm.cli.app import main
-from dsllm.cli.plan import HARDWARE_VARIABLE, rank_counts
+from dsllm.cli.hardware import HARDWARE_VARIABLE
+from dsllm.cli.plan import rank_counts
 from dsllm.errors import UserError
 from dsllm.spec.load import dump_spec, load_spec
 
@@ -80,6 +81,20 @@ def test_the_settings_that_are_recommended_lead_to_what_they_promise(capsys: pyt
     assert again == pytest.approx(promised, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("preset", "override"),
+    [
+        ("1b", "zero.reduce_bucket_elements=100000000"),
+        ("gpt2-124m", "training.gradient_accumulation_precision=fp32"),
+    ],
+)
+def test_every_way_that_is_listed_is_a_valid_spec(
+    capsys: pytest.CaptureFixture[str], preset: str, override: str
+) -> None:
+    for fit in planned(capsys, preset, *A100, "--set", override)["fits"]:
+        load_spec(preset, [override, *(f"{name}={value}" for name, value in fit["set"].items())])
+
+
 def test_what_does_not_fit_is_told_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "llama-7b", "--gpu", "a10g", "--gpus", "1")
     assert status == 0
@@ -91,8 +106,29 @@ def test_what_does_not_fit_is_told_with_the_reason(capsys: pytest.CaptureFixture
 def test_where_nothing_fits_the_way_out_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "gpt2-124m", "--gpu", "v100", "--gpus", "8")
     assert status == 0
-    assert "bf16 is not in the hardware of v100-32gb" in out
+    assert "\n  any of the 24 ways: bf16 is not in the hardware of v100-32gb\n" in out
+    last = out.splitlines()[-1]
+    assert last == (
+        "nothing fits; take a GPU that has bf16, or another precision, of which v100-32gb has fp16 and fp32: "
+        "--set training.precision=fp16"
+    )
+    flags = last.partition(": ")[2].split()
+    assert planned(capsys, "gpt2-124m", "--gpu", "v100", "--gpus", "8", *flags)["fits"]
+    _, out, _ = run(capsys, "--params", "100B", "--gpu", "a10g", "--gpus", "1")
     assert out.splitlines()[-1].startswith("nothing fits; take more or larger GPUs")
+
+
+def test_another_precision_takes_the_type_of_the_gradients_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    told = ["--set", "training.gradient_accumulation_precision=bf16"]
+    _, out, _ = run(capsys, "gpt2-124m", "--gpu", "v100", "--gpus", "8", *told)
+    flags = out.splitlines()[-1].partition(": ")[2].split()
+    assert flags[-1] == "training.gradient_accumulation_precision=auto"
+    assert planned(capsys, "gpt2-124m", "--gpu", "v100", "--gpus", "8", *told, *flags)["fits"]
+
+
+def test_a_plan_without_a_spec_asks_for_one_with_another_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--params", "350M", "--gpu", "v100", "--gpus", "8")
+    assert out.splitlines()[-1].endswith("v100-32gb has fp16 and fp32: training.precision of a SPEC")
 
 
 def test_overrides_reach_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +180,14 @@ def test_a_deadline_answers_with_the_cheapest_machine(capsys: pytest.CaptureFixt
     dollars = [fit["dollars"] for fit in document["fits"]]
     assert dollars == sorted(dollars)
     assert max(fit["run_seconds"] for fit in document["fits"]) <= 3 * 3600
+
+
+def test_a_deadline_that_the_fastest_way_keeps_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    on = ["--gpu", "l4", "--gpus", "8"]
+    fastest = planned(capsys, "gpt2-124m", *on)["fits"][0]
+    hours = (fastest["run_seconds"] + 60) / 3600
+    kept = planned(capsys, "gpt2-124m", *on, "--deadline-hours", f"{hours}")["fits"]
+    assert [fit["run_seconds"] for fit in kept] == [fastest["run_seconds"]]
 
 
 def test_a_budget_answers_with_the_fastest_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,10 +286,44 @@ def test_a_run_folder_that_lacks_an_entry_is_one_line(capsys: pytest.CaptureFixt
     folder = run_folder(tmp_path / "x", "NVIDIA A100-SXM4-40GB")
     (folder / "ds_config.json").write_text("{}")
     _, _, err = run(capsys, "1b", *A100, "--calibrate-from", str(folder))
-    assert "ds_config.json: no entry 'train_micro_batch_size_per_gpu'; give a folder that dsllm trained in" in err
+    assert "ds_config.json: train_micro_batch_size_per_gpu: missing; must be a whole number from 1; give a fold" in err
     (folder / "passport.json").write_text("{")
     _, _, err = run(capsys, "1b", *A100, "--calibrate-from", str(folder))
     assert "passport.json: not valid JSON" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics.jsonl", "\x00garbage\n", "line 1 is not the record of a step; remove it, or give another run"),
+        ("metrics.jsonl", "{}\n[1]\n", "line 2 is not the record of a step; remove it, or give another run"),
+        ("metrics.jsonl", '{"step": 1}\n' * 20, "step 1: step_seconds: given None; a step takes time; remove its line"),
+        ("passport.json", "[]", "holds no entries; give a folder that dsllm trained in"),
+        ("passport.json", "{}", "world_size: missing; must be a whole number from 1; give a folder"),
+        ("passport.json", '{"world_size": "8"}', "world_size: given '8'; must be a whole number from 1; give a folder"),
+        ("passport.json", '{"world_size": 0}', "world_size: given 0; must be a whole number from 1; give a folder"),
+        ("passport.json", '{"world_size": 3, "device": "NVIDIA L4"}', "micro_batch_size 8 on 3 ranks takes 24"),
+        ("passport.json", '{"world_size": 8, "device": ["a"]}', "which is not in the catalogue; name its like"),
+        ("passport.json", '{"world_size": 8, "device": "Tesla T4"}', "a run in bf16 on t4-16gb, which has no such"),
+        ("ds_config.json", '{"train_micro_batch_size_per_gpu": "auto"}', "given 'auto'; must be a whole number from 1"),
+    ],
+)
+def test_a_damaged_run_folder_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    folder = run_folder(tmp_path / "x", "NVIDIA A100-SXM4-40GB")
+    (folder / name).write_text(text)
+    status, out, err = run(capsys, "1b", "--gpus", "8", "--calibrate-from", str(folder))
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_measured_run_was_on_nodes_as_large_as_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "x", "NVIDIA A100-SXM4-40GB")
+    document = planned(capsys, "1b", *A100, "--gpus-per-node", "4", "--calibrate-from", str(folder))
+    assert document["calibration"]["machine"]["nodes"] == document["machine"]["nodes"] == 2
+    assert document["as_given"]["step_microseconds"] == 4_000_000
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -267,6 +345,11 @@ def test_a_run_folder_that_lacks_an_entry_is_one_line(capsys: pytest.CaptureFixt
         (["1b", "--price-per-hour", "nan"], "--price-per-hour: given 'nan'; must be a number above 0"),
         (["1b", "--price-per-hour", "much"], "--price-per-hour: given 'much'; must be a number above 0; for example"),
         (["1b", "--gpus-per-node", "0"], "--gpus-per-node: given '0'; must be a whole number from 1"),
+        (["1b", "--gpu", ""], "GPU: given '', which is not known; must be one of t4-16gb"),
+        (["1b", "--gpus", ""], "--gpus: given ''; must be a number from 1"),
+        (["1b", "--gpus-per-node", ""], "--gpus-per-node: given ''; must be a whole number from 1"),
+        (["1b", "--hardware", ""], ".: cannot be read"),
+        (["1b", "--calibrate-from", ""], "--calibrate-from: metrics.jsonl: No such file or directory"),
         (["1b", "--hardware", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["nothing"], "nothing: there is no such file, and no preset of that name"),
         (["1b", "--set", "model.num_layers=0"], "1b: model.num_layers: given 0"),

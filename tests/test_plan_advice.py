@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsllm.plan.advice import Advice, advise
+from dsllm.plan.advice import Advice, advise, changed_settings
 from dsllm.plan.hardware import Gpu, gpu_named
 from dsllm.plan.memory import FITTING_SHARE, MemoryEstimate, estimate_memory
 from dsllm.plan.typical import typical_workload
@@ -127,6 +127,40 @@ def test_a_run_that_nothing_can_change_is_its_own_nearest_miss() -> None:
     assert advice.settings == {}
 
 
+def test_nothing_fits_a_gpu_without_arithmetic_in_the_precision() -> None:
+    huge = replace(gpu_named("v100"), memory_bytes=10**13)
+    assert not advise(given_way("1b", micro_batch_size=8), huge, predict).fits
+    assert advise(given_way("1b", "training.precision=fp16", micro_batch_size=8), huge, predict).fits
+
+
+OVERRIDES = {
+    "an own reduce bucket": ["zero={stage: 2, reduce_bucket_elements: 100_000_000}"],
+    "an own gather bucket": ["zero={stage: 2, gather_bucket_elements: 100_000_000}"],
+    "overlap": ["zero={stage: 2, overlap_comm: true}"],
+    "no overlap": ["zero={stage: 1, overlap_comm: false}"],
+    "sums in bf16": ["training.gradient_accumulation_precision=bf16", "zero.stage=1"],
+    "offload to nvme": ["zero={stage: 3, offload_optimizer: nvme, offload_param: cpu, nvme_path: /tmp}"],
+}
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
+@pytest.mark.parametrize("stage", range(4))
+def test_a_spec_with_the_settings_is_the_run_that_was_advised(overrides: list[str], stage: int) -> None:
+    written = given_way("1b", *overrides, world_size=2, micro_batch_size=8)
+    way = replace(written, run=written.run.at_stage(stage))
+    for share in (0.999, 0.6, 0.3):
+        changed = advice_for(way, share, more_ranks=False).changed
+        typed = [f"{name}={value}" for name, value in changed_settings(written, changed).items()]
+        spec = load_spec("1b", [*overrides, *typed])
+        assert replace(changed.run, micro_batch_size=changed.micro_batch_size) == workload(spec)
+
+
+def test_tuning_that_a_stage_drops_is_among_the_settings() -> None:
+    way = given_way("1b", "zero={stage: 2, gather_bucket_elements: 100_000_000}", world_size=8, micro_batch_size=1)
+    advice = advice_for(way)
+    assert advice.settings == {"zero.stage": 3, "zero.gather_bucket_elements": "null"}
+
+
 @given(st.sampled_from(sorted(PRESETS)), st.integers(0, 3), st.sampled_from([1, 2, 8]), st.floats(0.15, 0.99))
 @settings(max_examples=40, deadline=None)
 def test_what_is_advised_fits_and_keeps_the_batch(preset: str, stage: int, world_size: int, share: float) -> None:
@@ -135,7 +169,7 @@ def test_what_is_advised_fits_and_keeps_the_batch(preset: str, stage: int, world
     gpu = just_too_small_for(way, share)
     advice = advise(way, gpu, predict)
     assert advice.estimate == predict(advice.changed)
-    assert advice.fits == advice.estimate.fits(gpu.memory_bytes)
+    assert advice.fits == advice.estimate.fits_on(gpu)
     if run.global_batch_size % (way.micro_batch_size * world_size) == 0:
         changed = advice.changed
         assert run.global_batch_size % (changed.micro_batch_size * changed.world_size) == 0

@@ -114,9 +114,17 @@ def test_fused_kernels_move_less_and_compute_the_same() -> None:
 def test_the_optimizer_moves_fifty_bytes_for_each_parameter_of_a_partition() -> None:
     parameters = SMALL.shape.allocated_parameters
     assert optimizer_work(SMALL, 4).moved_bytes == 50 * parameters / 4
-    assert optimizer_work(SMALL.at_stage(0), 4).moved_bytes == 100 * parameters
+    assert optimizer_work(replace(SMALL, precision="fp32").at_stage(0), 4).moved_bytes == 50 * parameters
     offloaded = replace(SMALL, zero=replace(SMALL.zero, offload_optimizer="cpu"))
     assert optimizer_work(offloaded, 4).moved_bytes == 0
+
+
+def test_the_flat_optimizer_of_stage_0_moves_gradients_once_more_and_steps_everything() -> None:
+    # largest and smallest 16-bit gradient, cast, put in a row, norm, clipped, Adam, the weight
+    each = 2 * 2 + (2 + 4) + (4 + 4) + 4 + (4 + 4) + 4 * (4 + 3) + (4 + 2)
+    for precision in ("bf16", "fp16"):
+        run = replace(SMALL, precision=precision).at_stage(0)
+        assert optimizer_work(run, 4).moved_bytes == each * SMALL.shape.allocated_parameters
 
 
 def test_seconds_are_work_over_what_the_hardware_sustains() -> None:
@@ -310,6 +318,22 @@ def test_the_median_leaves_out_the_warm_up_and_evaluations() -> None:
 def test_too_few_steps_to_measure_by_are_refused() -> None:
     with pytest.raises(UserError, match=r"^runs/x: 5 steps, none of them to measure by; .*; train 10 steps or more$"):
         measured_step_seconds(records(1, 1, 1, 1, 1), "runs/x")
+
+
+@pytest.mark.parametrize("seconds", [None, 0, -1.0, "fast", True, float("nan"), float("inf")])
+def test_a_step_that_was_not_timed_is_refused(seconds: object) -> None:
+    steps = records(1, 1, 1, 1, 1, 1, 1)
+    steps[6]["step_seconds"] = seconds
+    with pytest.raises(UserError, match=r"^runs/x: step 7: step_seconds: given .*; a step takes time; remove"):
+        measured_step_seconds(steps, "runs/x")
+    del steps[6]["step_seconds"]
+    with pytest.raises(UserError, match=r"^runs/x: step 7: step_seconds: given None; a step takes time"):
+        measured_step_seconds(steps, "runs/x")
+
+
+def test_a_run_is_not_compared_with_a_gpu_that_cannot_run_it() -> None:
+    with pytest.raises(UserError, match="given a run in bf16 on t4-16gb, which has no such arithmetic by its figures;"):
+        calibrate(SMALL, Machine.of(gpu_named("t4"), 8), 1, "eager", (0.5, 20))
 
 
 def test_a_calibrated_prediction_of_the_same_run_is_what_was_measured() -> None:

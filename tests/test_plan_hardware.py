@@ -26,6 +26,10 @@ def test_every_figure_says_where_it_is_from(gpu: Gpu) -> None:
     assert "20" in gpu.sources["price_per_hour"]  # the date
 
 
+def test_a_price_of_no_provider_says_so() -> None:
+    assert gpu_named("rtx-4090").sources["price_per_hour"].startswith("one calculator's figure and no provider's list")
+
+
 @pytest.mark.parametrize("gpu", catalogue(), ids=lambda gpu: gpu.name)
 def test_figures_are_of_a_plausible_size(gpu: Gpu) -> None:
     assert gpu.runtime_bytes < gpu.memory_bytes / 4
@@ -135,6 +139,13 @@ def test_a_users_file_adds_a_device_with_defaults_for_the_rest(tmp_path: Path) -
         ("a100-40gb: {price_per_hour: true}", "price_per_hour: given True; must be a number above 0"),
         ("a100-40gb: {flops: {fp8: 1e15}}", "flops: given .*; must be FLOP a second by type, of bf16, fp16"),
         ("a100-40gb: {flops: {bf16: -1}}", "flops.bf16: given -1; must be a number above 0"),
+        (
+            "a100-40gb: {gpus_per_node: 0.3}",
+            "gpus_per_node: given 0.3; must be a whole number from 1; a node holds ",
+        ),
+        ("a100-40gb: {gpus_per_node: 2.6}", "gpus_per_node: given 2.6; must be a whole number from 1"),
+        ("a100-40gb: {matmul_share: 7}", "matmul_share: given 7; must be a share, above 0 and at most 1"),
+        ("a100-40gb: {reserved_ratio: 1.1}", "unknown figure 'reserved_ratio'; must be one of"),
         ("a100-40gb: {link: carrier pigeon}", "link: given 'carrier pigeon'; must be nvlink or pcie"),
     ],
 )
@@ -143,6 +154,15 @@ def test_a_faulty_file_is_one_clear_line(tmp_path: Path, text: str, message: str
         with_user_file(own_file(tmp_path, text))
     assert "\n" not in str(error.value)
     assert "mine.yaml: " in str(error.value)
+
+
+def test_names_of_a_users_file_are_read_in_lower_case(tmp_path: Path) -> None:
+    new = "L40S-48GB: {memory_gib: 44.5, flops: {bf16: 362e12}, memory_bytes_per_second: 864e9}"
+    known = with_user_file(own_file(tmp_path, new + "\nA100-40GB: {price_per_hour: 1.10, gpus_per_node: 4.0}\n"))
+    assert {gpu_named(name, known).name for name in ("l40s-48gb", "L40S-48GB", "l40s")} == {"l40s-48gb"}
+    assert gpu_named("a100-40gb", known).price_per_hour == 1.10
+    assert gpu_named("a100-40gb", known).gpus_per_node == 4
+    assert len(known) == len(catalogue()) + 1
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

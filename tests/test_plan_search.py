@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from dsllm.cli.plan_report import changed_settings
 from dsllm.errors import UserError
+from dsllm.plan import advice
+from dsllm.plan import workload as workloads
 from dsllm.plan.cost import Machine
 from dsllm.plan.hardware import Gpu, gpu_named, gpus
 from dsllm.plan.memory import FITTING_SHARE, estimate_memory
@@ -17,6 +19,7 @@ from dsllm.plan.search import (
     RESOLUTION,
     Conditions,
     Fit,
+    Limits,
     Misfit,
     as_given,
     best_on_each,
@@ -69,6 +72,36 @@ def test_a_run_at_another_stage_keeps_only_what_the_stage_has(stage: int) -> Non
     zero = workload(load_spec("1b", overrides)).at_stage(stage).zero
     assert zero.stage == stage
     assert (zero.offload_optimizer, zero.offload_param) == (("nvme", "cpu") if stage == 3 else ("none", "none"))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("overlap", ["true", "false"])
+def test_a_run_at_another_stage_overlaps_as_it_was_told(stage: int, overlap: str) -> None:
+    given_stage = 3 if stage == 2 else 2
+    run = workload(load_spec("1b", [f"zero.stage={given_stage}", f"zero.overlap_comm={overlap}"]))
+    # nothing overlaps in BF16_Optimizer, and a spec may not ask for it
+    expected = "auto" if (stage, overlap) == (1, "true") else overlap == "true"
+    assert run.at_stage(stage).zero.overlap_comm == expected
+    assert run.at_stage(0).zero.overlap_comm == "auto"
+
+
+def test_the_reduction_is_tuned_at_stage_1_only_where_deepspeed_reads_it() -> None:
+    run = workload(load_spec("1b", ["zero.reduce_bucket_elements=1000"]))
+    assert run.at_stage(1).zero.reduce_bucket_elements is None
+    assert replace(run, precision="fp16").at_stage(1).zero.reduce_bucket_elements == 1000
+    tuned = [one.zero for one in variants(run, gpu_named("h100")) if one.zero.stage == 1]
+    assert {zero.offload_optimizer for zero in tuned if zero.reduce_bucket_elements == 1000} == {"cpu"}
+    assert {zero.offload_optimizer for zero in tuned if zero.reduce_bucket_elements is None} == {"none"}
+
+
+def test_checkpointings_are_listed_once() -> None:
+    assert advice.CHECKPOINTINGS is workloads.CHECKPOINTINGS
+
+
+def test_a_runtime_that_was_measured_leaves_room_for_less() -> None:
+    run = PRESETS["llama-1b"]
+    assert choose_micro_batch(run, 8, 24 * GIB, runtime_bytes=12 * GIB) < choose_micro_batch(run, 8, 24 * GIB)
+    assert choose_micro_batch(run, 8, 24 * GIB, runtime_bytes=GIB) == choose_micro_batch(run, 8, 24 * GIB)
 
 
 @given(st.integers(10**7, 10**11))
@@ -126,16 +159,31 @@ def test_a_plain_way_is_recommended_over_one_that_is_not_surely_faster() -> None
     assert chosen.run.activation_checkpointing == "none"
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_a_recommendation_is_a_valid_spec_that_plans_the_same(preset: str) -> None:
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        *((preset, []) for preset in sorted(PRESETS)),
+        ("1b", ["zero.reduce_bucket_elements=100000000"]),
+        ("1b", ["zero.overlap_comm=true", "zero.gather_bucket_elements=1000"]),
+        ("1b", ["zero.stage=1", "zero.offload_optimizer=cpu", "zero.overlap_comm=true"]),
+        ("1b", ["zero.stage=3", "zero.overlap_comm=false", "zero.max_live_elements=100000000"]),
+        ("gpt2-124m", ["training.gradient_accumulation_precision=fp32"]),
+        ("gpt2-124m", ["training.gradient_accumulation_precision=bf16", "zero.reduce_bucket_elements=1000"]),
+        ("gpt2-124m", ["training.precision=fp16", "training.gradient_accumulation_precision=fp32"]),
+        ("gpt2-124m", ["training.precision=fp32", "zero.stage=0", "zero.overlap_comm=false"]),
+    ],
+)
+def test_a_recommendation_is_a_valid_spec_that_plans_the_same(preset: str, overrides: list[str]) -> None:
     machine = Machine.of(gpu_named("a100-40gb"), 8)
-    chosen = search(PRESETS[preset], machine).recommended()
-    assert chosen is not None
-    overrides = [f"{name}={value}" for name, value in changed_settings(PRESETS[preset], chosen).items()]
-    again = as_given(workload(load_spec(preset, overrides)), machine)
-    assert isinstance(again, Fit)
-    assert again.cost == chosen.cost
-    assert again.micro_batch_size == chosen.micro_batch_size
+    run = workload(load_spec(preset, overrides))
+    found = search(run, machine)
+    assert found.fits
+    for fit in found.fits:
+        changes = [f"{name}={value}" for name, value in changed_settings(run, fit).items()]
+        again = as_given(workload(load_spec(preset, [*overrides, *changes])), machine)
+        assert isinstance(again, Fit)
+        assert again.run.zero == fit.run.zero
+        assert (again.cost, again.memory, again.micro_batch_size) == (fit.cost, fit.memory, fit.micro_batch_size)
 
 
 def test_settings_that_the_recommended_way_has_not_are_taken_back() -> None:
@@ -219,16 +267,44 @@ def test_ranks_that_do_not_divide_the_batch_are_a_reason_and_no_end() -> None:
     assert found[1].reason == "512 sequences do not divide over 3 ranks"
 
 
+def test_a_limit_between_the_recommended_and_the_fastest_way_is_kept_by_the_fastest() -> None:
+    run, machine = PRESETS["gpt2-124m"], Machine.of(gpu_named("l4"), 8)
+    plan = search(run, machine)
+    plainest, fastest = plan.recommended(), plan.fits[0]
+    assert plainest is not None
+    assert plainest.cost.run_seconds > fastest.cost.run_seconds
+    between = Limits(deadline_hours=(plainest.cost.hours + fastest.cost.hours) / 2)
+    assert within_limits(best_on_each(run, [machine], Conditions(), between), between) == [fastest]
+    enough = Limits(deadline_hours=plainest.cost.hours)
+    assert within_limits(best_on_each(run, [machine], Conditions(), enough), enough) == [plainest]
+    dollars = plainest.cost.dollars, fastest.cost.dollars
+    assert best_on_each(run, [machine], Conditions(), Limits(budget_dollars=sum(dollars) / 2)) == [fastest]
+
+
+def test_a_narrow_miss_is_told_with_enough_digits() -> None:
+    fits = fits_on(PRESETS["gpt2-124m"], ["a100-40gb"], [8])
+    hours = fits[0].cost.hours
+    with pytest.raises(UserError, match=rf" with {hours:.4f} hours and .*, 0\.0032 hours over the deadline;"):
+        within_limits(fits, Limits(deadline_hours=hours - 0.0032))
+    with pytest.raises(UserError, match=r", \$0\.00050 over the budget;"):
+        within_limits(fits, Limits(budget_dollars=fits[0].cost.dollars - 0.0005))
+
+
+def test_limits_where_nothing_fits_at_all_say_so() -> None:
+    with pytest.raises(UserError, match=r"^plan: given --deadline-hours 3; no such GPUs hold the run; give others, or"):
+        within_limits([], Limits(deadline_hours=3.0))
+
+
 def test_a_deadline_is_kept_at_the_least_price() -> None:
     fits = fits_on(PRESETS["gpt2-124m"], ["a100-40gb", "h100"], [1, 2, 4, 8, 16, 32])
-    kept = within_limits(fits, None, 3.0)
+    kept = within_limits(fits, Limits(deadline_hours=3.0))
     assert all(fit.cost.hours <= 3.0 for fit in kept)
     assert [fit.cost.dollars for fit in kept] == sorted(fit.cost.dollars for fit in kept)
 
 
 def test_a_budget_is_kept_in_the_least_time() -> None:
     fits = fits_on(PRESETS["gpt2-124m"], ["a100-40gb", "h100"], [1, 2, 4, 8, 16, 32])
-    kept = within_limits(fits, 50.0, None)
+    kept = within_limits(fits, Limits(budget_dollars=50.0))
     assert all(fit.cost.dollars <= 50 for fit in kept)
     assert [fit.cost.run_seconds for fit in kept] == sorted(fit.cost.run_seconds for fit in kept)
 
@@ -242,19 +318,19 @@ def test_a_budget_that_nothing_fits_names_what_comes_closest_and_by_how_much() -
         rf"\${dollars:,.2f}, \${dollars - 1:,.2f} over the budget; raise the limit, or train on fewer tokens$"
     )
     with pytest.raises(UserError, match=message):
-        within_limits(fits, 1.0, None)
+        within_limits(fits, Limits(budget_dollars=1.0))
 
 
 def test_a_deadline_that_nothing_keeps_says_by_how_many_hours() -> None:
     fits = fits_on(PRESETS["gpt2-124m"], ["a100-40gb"], [1, 8])
     over = min(fit.cost.hours for fit in fits) - 0.01
     with pytest.raises(UserError, match=f"closest is 8 x a100-40gb .*, {over:,.1f} hours over the deadline;"):
-        within_limits(fits, 1000.0, 0.01)
+        within_limits(fits, Limits(1000.0, 0.01))
 
 
 def test_a_device_without_a_price_keeps_no_budget() -> None:
     fits = fits_on(PRESETS["gpt2-124m"], ["a100-40gb"], [8])
     unpriced = [replace(fit, cost=replace(fit.cost, dollars=None)) for fit in fits]
     with pytest.raises(UserError, match="nothing that fits has a price; give other GPUs, or --price-per-hour"):
-        within_limits(unpriced, 100.0, None)
-    assert within_limits(unpriced, None, 1000.0) == unpriced
+        within_limits(unpriced, Limits(budget_dollars=100.0))
+    assert within_limits(unpriced, Limits(deadline_hours=1000.0)) == unpriced

@@ -226,7 +226,7 @@ def _print_fits(asked: Asked, estimates: Sequence[MemoryEstimate]) -> None:
     considered = (asked.gpu,) if asked.gpu else tuple(gpu for gpu in asked.known if gpu.is_cpu == on_cpu)
     able = [gpu for gpu in considered if asked.given.run.precision in gpu.flops]
     if asked.gpu and not able:
-        typer.echo(_without_arithmetic(asked.gpu, asked.given.run.precision))
+        typer.echo(_without_arithmetic(asked.gpu, asked))
     for estimate in estimates:
         typer.echo(_fit(estimate, considered, in_full=len(estimates) == 1))
     if on_cpu:
@@ -243,9 +243,10 @@ def _largest(devices: Sequence[Gpu]) -> Gpu:
     return max(devices, key=lambda gpu: gpu.memory_bytes)
 
 
-def _without_arithmetic(gpu: Gpu, precision: str) -> str:
+def _without_arithmetic(gpu: Gpu, asked: Asked) -> str:
     others = " or ".join(other for other in ("bf16", "fp16", "fp32") if other in gpu.flops)
-    return f"note: {gpu.name} has no arithmetic in {precision}; set training.precision to {others}"
+    remedy = "set training.precision to" if asked.given.has_batch else "give a spec with training.precision"
+    return f"note: {gpu.name} has no arithmetic in {asked.given.run.precision}; {remedy} {others}"
 
 
 def _fit(estimate: MemoryEstimate, considered: Sequence[Gpu], in_full: bool) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from dsllm.cli.hardware import Hardware, known_devices
 from dsllm.cli.options import AsJson, Overrides
 from dsllm.cli.plain import PlainCommand, parameter_count, whole_number
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None)
 
-HARDWARE_VARIABLE = "DSLLM_HARDWARE"
 DEFAULT_GPUS, GPUS_UNDER_A_LIMIT = "8", "1-1024"
 
 
@@ -78,15 +77,7 @@ def plan(
             "--deadline-hours", metavar="X", help="Only what takes no longer, the cheapest first.", show_default=False
         ),
     ] = None,
-    hardware: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--hardware",
-            metavar="FILE",
-            help=f"Your own devices and prices; {HARDWARE_VARIABLE} does the same.",
-            show_default=False,
-        ),
-    ] = None,
+    hardware: Hardware = None,
     calibrate_from: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -162,12 +153,9 @@ def _catalogue(hardware: str | None) -> tuple[Gpu, ...]:
     """The known devices and the user's own, with what was calibrated on this machine."""
     from dsllm.cli.calibrate import known_constants
     from dsllm.plan.calibration import with_constants
-    from dsllm.plan.hardware import catalogue, with_user_file
 
-    path = (os.environ.get(HARDWARE_VARIABLE) or None) if hardware is None else hardware
-    known = catalogue() if path is None else with_user_file(Path(path))
     calibrated = known_constants()
-    return tuple(with_constants(gpu, calibrated) for gpu in known)
+    return tuple(with_constants(gpu, calibrated) for gpu in known_devices(hardware))
 
 
 def _devices(gpu: str | None, known: Sequence[Gpu]) -> list[Gpu]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -88,7 +88,7 @@ def _print_advice(run: Workload, found: Plan, given: Fit | Misfit | None, checkp
 
     best = found.recommended(given)
     if best is None:
-        typer.echo(f"nothing fits; {_way_out(run, found.machine.gpu, has_spec=given is not None)}")
+        typer.echo(f"nothing fits; take {_way_out(run, found.machine.gpu, has_spec=given is not None)}")
         return
     each = checkpoint_bytes(best.run)
     typer.echo(f"disk: {format_bytes(each)} a checkpoint, {format_bytes(each * checkpoints)} for {checkpoints}")
@@ -103,19 +103,23 @@ def _print_advice(run: Workload, found: Plan, given: Fit | Misfit | None, checkp
 def _way_out(run: Workload, gpu: Gpu, has_spec: bool) -> str:
     """What to change where nothing fits: the precision, if the GPU does not have it, else the GPUs."""
     if run.precision in gpu.flops:
-        return "take more or larger GPUs: without --gpu all are compared"
+        return "more or larger GPUs: without --gpu all are compared"
     known = [precision for precision in PRECISIONS if precision in gpu.flops]
+    another = f"a GPU that has {run.precision}, or another precision, of which {gpu.name} has {' and '.join(known)}:"
     if not has_spec:
-        return f"{gpu.name} has {', '.join(known)}; give a SPEC with that training.precision, or take another GPU"
+        return f"{another} training.precision of a SPEC"
     settings = {"training.precision": known[0]}
     if run.gradient_accumulation_precision not in ("auto", "fp32", known[0]):
         settings["training.gradient_accumulation_precision"] = "auto"
-    flags = " ".join(f"--set {name}={value}" for name, value in settings.items())
-    return f"{gpu.name} has {', '.join(known)}: {flags}; or take another GPU"
+    return f"{another} {_as_flags(settings)}"
 
 
 def _flags(run: Workload, fit: Fit) -> str:
-    return " ".join(f"--set {name}={value}" for name, value in changed_settings(run, fit).items())
+    return _as_flags(changed_settings(run, fit))
+
+
+def _as_flags(settings: Mapping[str, str | int]) -> str:
+    return " ".join(f"--set {name}={value}" for name, value in settings.items())
 
 
 def changed_settings(run: Workload, fit: Fit) -> dict[str, str | int]:

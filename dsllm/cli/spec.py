@@ -89,7 +89,9 @@ def config(
 
     loaded = load_spec(spec, overrides or ())
     chosen_for = gpu_named(gpu, known_devices(hardware))
-    micro_batch_size = choose_micro_batch(workload(loaded), world_size, chosen_for.memory_bytes)
+    micro_batch_size = choose_micro_batch(
+        workload(loaded), world_size, chosen_for.memory_bytes, runtime_bytes=chosen_for.runtime_bytes
+    )
     typer.echo(json.dumps(build_ds_config(loaded, world_size, device, micro_batch_size), indent=2))
 
 

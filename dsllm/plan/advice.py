@@ -27,12 +27,11 @@ from dsllm.plan.hardware import Gpu
 from dsllm.plan.memory import MemoryEstimate
 from dsllm.plan.search import HOST_SHARE
 from dsllm.plan.way import Way
-from dsllm.plan.workload import Checkpointing
+from dsllm.plan.workload import CHECKPOINTINGS
 
 LARGEST_WORLD = 4096
 LARGEST_GRADED = 3
 """Changes at once of which every form is tried."""
-CHECKPOINTINGS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def _typed(value: Any) -> str | int:
 def advise(given: Way, gpu: Gpu, predict: Callable[[Way], MemoryEstimate], more_ranks: bool = True) -> Advice:
     """The smallest change after which the GPU and its host hold the run, by `predict`; else the nearest miss.
 
-    `more_ranks` says whether there may be more of them. On a GPU without arithmetic in the run's precision nothing fits.
+    `more_ranks` says whether there may be more of them. Nothing fits a GPU without arithmetic in the run's precision.
     """
     nearest: tuple[Way, MemoryEstimate] | None = None
     changes = [change for change in CHANGES if more_ranks or change is not _more_ranks]

@@ -68,7 +68,7 @@ def constants_of_run(path: Path) -> DeviceConstants:
         if not _is_sound(found):
             raise ValueError("a size that cannot be")
         return found
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: no memory beside tensors was measured there; take a run on a GPU, or calibrate without --from"
         ) from error

@@ -46,7 +46,7 @@ def measured_step_seconds(records: Sequence[Mapping[str, Any]], source: str) -> 
 
 
 def _seconds(record: Mapping[str, Any], source: str) -> float:
-    seconds = record.get("step_seconds")
+    seconds: Any = record.get("step_seconds")
     is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
     if not is_number or not 0 < seconds < float("inf"):
         raise UserError(

@@ -293,7 +293,9 @@ def _dollars(fit: Fit) -> float:
 
 
 def _nearest_miss(fits: Sequence[Fit], limits: Limits) -> str:
-    if not fits or min(limits.overrun(fit) for fit in fits) == float("inf"):
+    if not fits:
+        return f"plan: given {limits}; no such GPUs hold the run; give others, or leave the limit out to see why"
+    if min(limits.overrun(fit) for fit in fits) == float("inf"):
         return f"plan: given {limits}; nothing that fits has a price; give other GPUs, or --price-per-hour"
     fit = min(fits, key=limits.overrun)
     hours, dollars = f"{fit.cost.hours:,.1f}", f"{_dollars(fit):,.2f}"
