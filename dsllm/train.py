@@ -66,7 +66,9 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     from dsllm.engine.run_folder import RunFolder, describe_run, log_to, make_passport
     from dsllm.engine.start import loss_implementation, start_engine
     from dsllm.engine.trainer import train
+    from dsllm.launch.devices import calibration_file
     from dsllm.plan.batch import resolve_batch
+    from dsllm.plan.calibration import read_constants
     from dsllm.plan.memory import estimate_memory
     from dsllm.plan.model_shape import model_shape
     from dsllm.plan.search import choose_micro_batch
@@ -86,8 +88,10 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
 
     # What is to be done, on what.
     run, device = workload(spec, loss_implementation(spec)), ranks.device_type()
-    micro_batch_size = choose_micro_batch(run, world.size, ranks.memory_bytes(world), device)
-    predicted = estimate_memory(run, world.size, micro_batch_size, device=device)
+    constants = ranks.on_rank_0(lambda: read_constants(calibration_file()).get(ranks.device_name()))
+    runtime_bytes = constants.runtime_bytes if constants else None
+    micro_batch_size = choose_micro_batch(run, world.size, ranks.memory_bytes(world), device, runtime_bytes)
+    predicted = estimate_memory(run, world.size, micro_batch_size, device=device, runtime_bytes=runtime_bytes)
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
     ds_config = build_ds_config(spec, world.size, device, micro_batch_size)

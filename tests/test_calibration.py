@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsllm.cli.calibrate import calibration_file
 from dsllm.errors import UserError
+from dsllm.launch.devices import calibration_file
 from dsllm.plan.calibration import (
     DeviceConstants,
     constants_of_gpu,

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsllm.plan.advice import Advice, advise, changed_settings
+from dsllm.plan.advice import Advice, advise
 from dsllm.plan.hardware import Gpu, gpu_named
 from dsllm.plan.memory import FITTING_SHARE, MemoryEstimate, estimate_memory
 from dsllm.plan.typical import typical_workload
-from dsllm.plan.way import Way
+from dsllm.plan.way import Way, changed_settings
 from dsllm.plan.workload import workload
 from dsllm.spec.load import load_spec, preset_names
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsllm.cli.plan_report import changed_settings
+from dsllm.cli.plan_report import settings_of
 from dsllm.errors import UserError
 from dsllm.plan import advice
 from dsllm.plan import workload as workloads
@@ -179,7 +179,7 @@ def test_a_recommendation_is_a_valid_spec_that_plans_the_same(preset: str, overr
     found = search(run, machine)
     assert found.fits
     for fit in found.fits:
-        changes = [f"{name}={value}" for name, value in changed_settings(run, fit).items()]
+        changes = [f"{name}={value}" for name, value in settings_of(run, fit).items()]
         again = as_given(workload(load_spec(preset, [*overrides, *changes])), machine)
         assert isinstance(again, Fit)
         assert again.run.zero == fit.run.zero
@@ -196,7 +196,7 @@ def test_settings_that_the_recommended_way_has_not_are_taken_back() -> None:
     run = workload(load_spec("1b", overrides))
     chosen = search(run, Machine.of(gpu_named("a100-80gb"), 8)).recommended()
     assert chosen is not None
-    changes = changed_settings(run, chosen)
+    changes = settings_of(run, chosen)
     assert (changes["zero.max_live_elements"], changes["zero.nvme_path"]) == ("null", "null")
     again = workload(load_spec("1b", [*overrides, *(f"{name}={value}" for name, value in changes.items())]))
     assert again.zero == chosen.run.zero

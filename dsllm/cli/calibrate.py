@@ -36,6 +36,7 @@ def calibrate(
 
     One rank is measured: what NCCL holds to talk to other GPUs is only in a run of several, which --from reads.
     """
+    from dsllm.launch.devices import calibration_file
     from dsllm.plan.calibration import constants_of_run, write_constants
 
     constants = _measured() if run is None else constants_of_run(Path(run) / "memory.json")
@@ -46,15 +47,10 @@ def calibrate(
         typer.echo(f"kept in {path}; estimate-memory and plan count with it from now on")
 
 
-def calibration_file() -> Path:
-    """`dsllm/calibration.json` in the user's folder of settings (XDG Base Directory Specification)."""
-    # the specification has relative paths ignored
-    given = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-    return (given if given.is_absolute() else Path.home() / ".config") / "dsllm" / "calibration.json"
-
-
 def known_constants() -> dict[str, DeviceConstants]:
     """What was calibrated on this machine, by the devices' own names."""
+    from dsllm.launch.devices import calibration_file
+
     path = calibration_file()
     if not path.exists():
         return {}

@@ -347,7 +347,7 @@ def _advised(asked: Asked, advice: Advice, target: Gpu, aim: str) -> str:
 
 def _settings(asked: Asked, advice: Advice) -> dict[str, str | int]:
     """What changes, also of the spec itself: --zero has dropped from it what that stage does not have."""
-    from dsllm.plan.advice import changed_settings
+    from dsllm.plan.way import changed_settings
 
     of_the_spec = changed_settings(asked.given, advice.changed) if asked.given.has_batch else {}
     return {**advice.settings, **of_the_spec}

@@ -115,27 +115,20 @@ def _way_out(run: Workload, gpu: Gpu, has_spec: bool) -> str:
 
 
 def _flags(run: Workload, fit: Fit) -> str:
-    return _as_flags(changed_settings(run, fit))
+    return _as_flags(settings_of(run, fit))
 
 
 def _as_flags(settings: Mapping[str, str | int]) -> str:
     return " ".join(f"--set {name}={value}" for name, value in settings.items())
 
 
-def changed_settings(run: Workload, fit: Fit) -> dict[str, str | int]:
+def settings_of(run: Workload, fit: Fit) -> dict[str, str | int]:
     """Fields of the spec that differ between the run as given and the way found; `auto` comes to the same size."""
-    from dataclasses import asdict
+    from dsllm.plan.way import Way, changed_settings
 
-    before, after = asdict(run.zero), asdict(fit.run.zero)
-    wanted: dict[str, tuple[Any, Any]] = {f"zero.{name}": (before[name], after[name]) for name in before}
-    if "nvme" in before.values() and "nvme" not in after.values():
-        wanted["zero.nvme_path"] = ("given", None)
-    types = run.gradient_accumulation_precision, fit.run.gradient_accumulation_precision
-    wanted["training.gradient_accumulation_precision"] = types
-    wanted["training.activation_checkpointing"] = (run.activation_checkpointing, fit.run.activation_checkpointing)
-    wanted["batch.micro_batch_size"] = (run.micro_batch_size or fit.micro_batch_size, fit.micro_batch_size)
-    changed = {name: found for name, (given, found) in wanted.items() if found != given}
-    return {name: "null" if found is None else found for name, found in changed.items()}
+    world_size = fit.machine.world_size
+    given = Way(run, world_size, run.micro_batch_size or fit.micro_batch_size)
+    return changed_settings(given, Way(fit.run, world_size, fit.micro_batch_size))
 
 
 # --- several machines -------------------------------------------------------------------------------------------------
@@ -319,5 +312,5 @@ def _row_facts(one: Fit | Misfit, given: Workload) -> dict[str, Any]:
         "model_flops_utilization": one.cost.model_flops_utilization,
         "run_seconds": round(one.cost.run_seconds),
         "dollars": one.cost.dollars,
-        "set": changed_settings(given, one),
+        "set": settings_of(given, one),
     }

@@ -1,10 +1,13 @@
-"""This machine's own GPUs and their free memory, asked of the driver's program and without torch."""
+"""This machine's own devices, without torch: GPUs and their free memory, asked of the driver's program, and where it
+is kept what was calibrated here."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from dsllm.units import MIB
 
@@ -24,6 +27,13 @@ class LocalGpu:
     used_bytes: int
     """By processes; what the driver keeps for itself is neither used nor free."""
     free_bytes: int
+
+
+def calibration_file() -> Path:
+    """`dsllm/calibration.json` in the user's folder of settings (XDG Base Directory Specification)."""
+    # the specification has relative paths ignored
+    given = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".config") / "dsllm" / "calibration.json"
 
 
 def local_gpus() -> list[LocalGpu]:

@@ -19,14 +19,13 @@ One change before two, two before three; of as many, those whose costliest is ch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 from dsllm.plan.hardware import Gpu
 from dsllm.plan.memory import MemoryEstimate
 from dsllm.plan.search import HOST_SHARE
-from dsllm.plan.way import Way
+from dsllm.plan.way import Way, changed_settings
 from dsllm.plan.workload import CHECKPOINTINGS
 
 LARGEST_WORLD = 4096
@@ -52,34 +51,6 @@ class Advice:
     def world_size(self) -> int | None:
         """The number of ranks, where it changes."""
         return None if self.changed.world_size == self.given.world_size else self.changed.world_size
-
-
-def changed_settings(given: Way, changed: Way) -> dict[str, str | int]:
-    """The fields of a spec that make the one way the other, with their new values as `--set` takes them.
-
-    They name all that a stage drops, too, so that the spec with them is one that `dsllm validate` takes.
-    """
-    before, after = _fields(given), _fields(changed)
-    settings: dict[str, str | int] = {name: _typed(new) for name, new in after.items() if new != before[name]}
-    if "nvme" in before.values() and "nvme" not in after.values():
-        settings["zero.nvme_path"] = "null"
-    return settings
-
-
-def _fields(way: Way) -> dict[str, Any]:
-    run = way.run
-    return {
-        "batch.micro_batch_size": way.micro_batch_size,
-        **{f"zero.{name}": value for name, value in asdict(run.zero).items()},
-        "training.loss": run.loss,
-        "training.activation_checkpointing": run.activation_checkpointing,
-        "training.gradient_accumulation_precision": run.gradient_accumulation_precision,
-    }
-
-
-def _typed(value: Any) -> str | int:
-    """As YAML has it."""
-    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else value
 
 
 def advise(given: Way, gpu: Gpu, predict: Callable[[Way], MemoryEstimate], more_ranks: bool = True) -> Advice:
