@@ -45,8 +45,8 @@ def measure_each(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def measure(spec: Spec, world: ranks.World) -> dict[str, Any]:
     """The peaks of one run on this rank."""
-    # Engines hold themselves in cycles, and BF16_Optimizer's let go of more only when they are gone: the one before must
-    # not die while this one is measured.
+    # Engines hold themselves in cycles, and BF16_Optimizer's let go of more only when they are gone: the one before
+    # must not die while this one is measured.
     gc.collect()
     gc.collect()
     if torch.cuda.is_available():
