@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -45,13 +44,9 @@ def measure_each(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def measure(spec: Spec, world: ranks.World) -> dict[str, Any]:
     """The peaks of one run on this rank."""
-    # Engines hold themselves in cycles, and BF16_Optimizer's let go of more only when they are gone: the one before
-    # must not die while this one is measured.
-    gc.collect()
-    gc.collect()
+    memory = MemoryMeter(allocator(ranks.device_type()))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    memory = MemoryMeter(allocator(ranks.device_type()))
     if memory.measured is None:
         raise SystemExit("estimate_accuracy: memory on the CPU is counted by a library compiled here; install g++")
     micro_batch_size = spec.batch.micro_batch_size

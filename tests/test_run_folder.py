@@ -54,6 +54,7 @@ def test_the_folder_has_the_names_that_scripts_rely_on() -> None:
         "ds_config.json",
         "passport.json",
         "metrics.jsonl",
+        "memory.json",
         "tokenizer",
         "checkpoints",
         "logs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -33,6 +34,10 @@ class MemoryMeter:
     def __init__(self, allocator: Allocator | None) -> None:
         """Without an allocator there is nothing to measure, and `measured` stays None."""
         self._allocator = allocator
+        # Engines hold themselves in cycles, and BF16_Optimizer lets go of more only when it is gone: one from before
+        # must not die while this one is measured.
+        gc.collect()
+        gc.collect()
         self._before = allocator.held_bytes() if allocator else 0
         self.measured = MeasuredMemory() if allocator else None
 

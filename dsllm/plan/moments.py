@@ -214,34 +214,45 @@ def _offloaded(layout: Layout) -> dict[Moment, Held]:
 
 
 def _stage_3(layout: Layout) -> dict[Moment, Held]:
-    """Stage 3 (runtime/zero/stage3.py): flat gradients of the partition and the bucket exist always; whole weights are
-    gathered for use, at most `live_elements` of them."""
+    """Stage 3 (runtime/zero/stage3.py): flat gradients of the partition and the bucket exist always. Whole weights are
+    gathered for use: many of them while a bucket is reduced on the way, at the end those of the first modules alone."""
     run, w, head = layout.run, layout.weight, layout.head_gradient
-    embedding = w * layout.embedding
     offloads = run.zero.offload_optimizer != "none"
     kept = 0 if offloads else layout.accumulation * layout.share
-    bucket = w * layout.bucket
     # small tensors stay whole from step to step, beside the rank's part of them
-    bucket += w * _persistent_elements(layout)
+    bucket = w * (layout.bucket + _persistent_elements(layout))
     gathered = w * _gathered_elements(layout, 0)
     refetched = w * _gathered_elements(layout, layout.embedding)
-    reduced = max(min(layout.bucket, layout.parameters), layout.embedding)
-    parts = 4 * -(-reduced // layout.world_size) if layout.accumulation != w else 0
-    copy = w * reduced if layout.device == "cpu" else 0  # gloo reduces in a copy of its own
+    first_modules = layout.embedding + run.shape.parameters_per_layer
+    at_the_end = min(gathered, w * first_modules)
+    copied_by_gloo = w * layout.embedding if layout.device == "cpu" and layout.world_size > 1 else 0
+    in_bucket = min(layout.bucket, layout.parameters)
+    early = Held(kept + head, bucket + refetched) + _reduced_at_stage_3(layout, in_bucket)
+    last = _reduced_at_stage_3(layout, max(in_bucket, layout.embedding))
+    oversized = w * layout.embedding if layout.embedding > layout.bucket else 0
     sub_group = min(sub_group_elements(run.shape), layout.share)
     update = 0 if offloads else (4 + (layout.accumulation if layout.accumulation < 4 else 0)) * sub_group
     norm = 0 if offloads else NORM_BYTES * -(-layout.largest_tensor // layout.world_size)
     return {
-        "head_fetch": Held(kept, bucket + refetched, embedding if layout.world_size > 1 and copy else 0),
+        "head_fetch": Held(kept, bucket + refetched, copied_by_gloo),
         "forward": Held(kept, bucket + gathered),
         "loss_backward": Held(kept, bucket + gathered),
         "last_block": Held(kept + head, bucket + gathered),
-        "first_block": Held(kept + head, bucket + gathered),
-        "embedding": Held(kept + layout.embedding_gradients, bucket + gathered),
-        "reduction": Held(kept + embedding, bucket + refetched + w * reduced, max(parts, copy)),
+        **({"first_flush": early} if layout.parameters > layout.bucket else {}),
+        "first_block": Held(kept + head, bucket + at_the_end),
+        "embedding": Held(kept + layout.embedding_gradients, bucket + at_the_end),
+        "reduction": Held(kept + oversized, bucket + at_the_end) + last,
         "norm": Held(kept, bucket, norm),
         "update": Held(kept, bucket, update),
     }
+
+
+def _reduced_at_stage_3(layout: Layout, elements: int) -> Held:
+    """Gradients laid end to end to be reduced, and the rank's part of them cast where it adds up in a wider type; gloo
+    reduces in a copy of its own, which is gone by then."""
+    flat = layout.weight * elements
+    parts = 4 * -(-elements // layout.world_size) if layout.accumulation != layout.weight else 0
+    return Held(0, flat, max(parts, flat if layout.device == "cpu" else 0))
 
 
 def _persistent_elements(layout: Layout) -> int:
