@@ -126,11 +126,12 @@ def main() -> int:
     parser.add_argument("--measured", type=Path, metavar="FILE", help="predict anew what an earlier run measured")
     args = parser.parse_args()
     console = Console(width=160)
-    device = _device()
+    device, machine = _device(), describe_machine()
     rows: list[dict[str, Any]] = []
     try:
         if args.measured:
-            rows = predicted_anew(json.loads(args.measured.read_text()))
+            earlier = json.loads(args.measured.read_text())
+            device, machine, rows = earlier["device"], earlier["machine"], predicted_anew(earlier)
         else:
             for num_ranks in args.ranks or _possible_ranks(device):
                 chosen = cases(num_ranks, device)
@@ -142,7 +143,7 @@ def main() -> int:
     console.print(table(rows, device))
     summary = summarise(rows)
     console.print_json(data=summary)
-    results = {"machine": describe_machine(), "device": device, **summary, "rows": rows}
+    results = {"machine": machine, "device": device, **summary, "rows": rows}
     console.print(f"Written to {write_results(f'estimate-accuracy-{device}.json', results)}")
     return 0 if summary["within_bounds"] else 1
 

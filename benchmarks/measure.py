@@ -83,8 +83,19 @@ def write_results(name: str, results: dict[str, Any]) -> Path:
     """Writes `benchmarks/results/<name>`."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / name
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    path.write_text(_as_json(results))
     return path
+
+
+def _as_json(results: dict[str, Any]) -> str:
+    """An entry a line, and of a list of rows each row on a line of its own: a table that can be read and compared."""
+    entries = []
+    for name, value in results.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(f"    {json.dumps(row)}" for row in value) + "\n  ]"
+        entries.append(f"  {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def _processor() -> str:
