@@ -393,22 +393,22 @@ def measure(spec: Spec, micro_batch_size: int) -> Measured:
     counter = allocator("cpu")
     if counter is None:
         pytest.skip("no compiler for the allocator's counter")
-    before = counter.held_bytes()
+    before = counter.read().held_bytes
     model = real_model(spec)
-    static = counter.held_bytes()
+    static = counter.read().held_bytes
     saved: list[int] = []
 
     def on_loss(head: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        saved.append(counter.held_bytes() - static - args[0].untyped_storage().nbytes())
+        saved.append(counter.read().held_bytes - static - args[0].untyped_storage().nbytes())
 
     model.causal_lm.get_output_embeddings().register_forward_pre_hook(on_loss)
     ids = torch.randint(4096, (micro_batch_size, spec.batch.sequence_length))
     counter.reset_peak()
     loss = model(ids, ids.clone())
-    forward_peak = counter.peak_bytes() - before
+    forward_peak = counter.read().peak_bytes - before
     counter.reset_peak()
     loss.backward()
-    return Measured(saved[0], forward_peak, counter.peak_bytes() - before)
+    return Measured(saved[0], forward_peak, counter.read().peak_bytes - before)
 
 
 def real_model(spec: Spec) -> TrainingModel:

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.utils import cpp_extension
@@ -22,36 +22,41 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("cpu_allocator.cpp")
 
 
+class Reading(NamedTuple):
+    """Bytes of tensors on one device, at one moment."""
+
+    held_bytes: int
+    """Now."""
+    peak_bytes: int
+    """At most since `reset_peak`."""
+    reserved_bytes: int | None
+    """Taken from the device for it, at most since `reset_peak`, gaps included; None where that is not known."""
+
+
 class Allocator(Protocol):
-    """Bytes of tensors on one device."""
+    """What gives tensors their memory. It is read in every phase of every step, and must answer at once."""
 
-    def held_bytes(self) -> int:
-        """Now."""
-
-    def peak_bytes(self) -> int:
-        """At most since `reset_peak`."""
+    def read(self) -> Reading:
+        """What it holds."""
 
     def reset_peak(self) -> None:
         """Begin a new peak at what is held now."""
 
-    def reserved_bytes(self) -> int | None:
-        """What was taken from the device for it at most since `reset_peak`, gaps included; None where unknown."""
-
 
 class CudaAllocator:
-    """torch's statistics of the current CUDA device: no synchronisation, they are kept by the host."""
+    """torch's statistics of the current CUDA device, kept by the host: nothing waits for the device."""
 
-    def held_bytes(self) -> int:
-        return int(torch.cuda.memory_allocated())
+    def __init__(self) -> None:
+        torch.cuda.init()  # there are none before
 
-    def peak_bytes(self) -> int:
-        return int(torch.cuda.max_memory_allocated())
+    def read(self) -> Reading:
+        # one call as it comes: each of torch.cuda.max_memory_allocated and its like flattens and sorts all of it
+        statistics = torch.cuda.memory_stats_as_nested_dict()
+        allocated, reserved = statistics["allocated_bytes"]["all"], statistics["reserved_bytes"]["all"]
+        return Reading(allocated["current"], allocated["peak"], reserved["peak"])
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats()
-
-    def reserved_bytes(self) -> int | None:
-        return int(torch.cuda.max_memory_reserved())
 
 
 class CpuAllocator:
@@ -63,17 +68,11 @@ class CpuAllocator:
         library.install()
         self._library = library
 
-    def held_bytes(self) -> int:
-        return int(self._library.held_bytes())
-
-    def peak_bytes(self) -> int:
-        return int(self._library.peak_bytes())
+    def read(self) -> Reading:
+        return Reading(self._library.held_bytes(), self._library.peak_bytes(), None)
 
     def reset_peak(self) -> None:
         self._library.reset_peak()
-
-    def reserved_bytes(self) -> int | None:
-        return None
 
 
 @functools.cache

@@ -81,7 +81,7 @@ def _measure_cpu() -> DeviceConstants:
     """The resident memory of a rank, its tensors left out. The CPU's allocator keeps no statistics of what it takes."""
     counter = allocator(CPU)
     engine = _train(load_spec(*TINY))
-    held_bytes = counter.held_bytes() if counter else 0  # without a compiler these few MiB are not told apart
+    held_bytes = counter.read().held_bytes if counter else 0  # without a compiler these few MiB are not told apart
     del engine
     return DeviceConstants(CPU, _resident_bytes() - held_bytes, None, SOURCE)
 

@@ -38,7 +38,7 @@ class MemoryMeter:
         # must not die while this one is measured.
         gc.collect()
         gc.collect()
-        self._before = allocator.held_bytes() if allocator else 0
+        self._before = allocator.read().held_bytes if allocator else 0
         self.measured = MeasuredMemory() if allocator else None
 
     @contextlib.contextmanager
@@ -49,11 +49,10 @@ class MemoryMeter:
             return
         measured = self.measured
         if phase == "forward":
-            measured.kept_bytes = max(measured.kept_bytes, self._allocator.held_bytes() - self._before)
+            measured.kept_bytes = max(measured.kept_bytes, self._allocator.read().held_bytes - self._before)
         self._allocator.reset_peak()
         yield
-        peak = self._allocator.peak_bytes() - self._before
-        measured.peak_bytes[phase] = max(measured.peak_bytes[phase], peak)
-        reserved = self._allocator.reserved_bytes()
-        if reserved is not None:
-            measured.reserved_bytes = max(measured.reserved_bytes or 0, reserved)
+        then = self._allocator.read()
+        measured.peak_bytes[phase] = max(measured.peak_bytes[phase], then.peak_bytes - self._before)
+        if then.reserved_bytes is not None:
+            measured.reserved_bytes = max(measured.reserved_bytes or 0, then.reserved_bytes)
