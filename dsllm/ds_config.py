@@ -6,7 +6,7 @@ today's default is the same. Names of keys and their meaning: deepspeed.ai/docs/
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from dsllm.plan.batch import BatchPlan, resolve_batch
 from dsllm.plan.buckets import (
@@ -17,10 +17,8 @@ from dsllm.plan.buckets import (
     sub_group_elements,
 )
 from dsllm.plan.model_shape import ModelShape
-from dsllm.plan.workload import Workload, ZeroSettings, workload
+from dsllm.plan.workload import Device, Workload, ZeroSettings, workload
 from dsllm.spec.sections import Spec
-
-Device = Literal["cuda", "cpu"]
 
 
 def build_ds_config(

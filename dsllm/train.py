@@ -89,9 +89,9 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     # What is to be done, on what.
     run, device = workload(spec, loss_implementation(spec)), ranks.device_type()
     constants = ranks.on_rank_0(lambda: read_constants(calibration_file()).get(ranks.device_name()))
-    runtime_bytes = constants.runtime_bytes if constants else None
-    micro_batch_size = choose_micro_batch(run, world.size, ranks.memory_bytes(world), device, runtime_bytes)
-    predicted = estimate_memory(run, world.size, micro_batch_size, device=device, runtime_bytes=runtime_bytes)
+    beside_tensors = (constants.runtime_bytes, constants.reserved_ratio or 1.0) if constants else ()
+    micro_batch_size = choose_micro_batch(run, world.size, ranks.memory_bytes(world), device, *beside_tensors)
+    predicted = estimate_memory(run, world.size, micro_batch_size, device=device)
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
     ds_config = build_ds_config(spec, world.size, device, micro_batch_size)

@@ -91,6 +91,13 @@ def test_stage_2_in_fp32_keeps_whole_tensors() -> None:
     assert at("embedding", *overrides, accumulates=True) == Held(2 * P + 2 * 4 * E, 2 * beside + 4 * BUCKET)
 
 
+def test_a_bucket_smaller_than_what_is_kept_beside_it_is_still_counted() -> None:
+    overrides = ["zero.stage=2", "training.precision=fp32", "zero.reduce_bucket_elements=1000"]
+    beside = at("forward", *overrides, accumulates=True).communication
+    assert beside > 4 * 1000
+    assert at("last_block", *overrides, accumulates=True).communication == beside + 4 * 1000
+
+
 def test_stage_1_in_fp32_keeps_everything_until_the_last_micro_batch() -> None:
     overrides = ["zero.stage=1", "training.precision=fp32"]
     assert at("forward", *overrides, accumulates=True) == Held(4 * P, 4 * BUCKET)

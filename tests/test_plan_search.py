@@ -102,6 +102,7 @@ def test_a_runtime_that_was_measured_leaves_room_for_less() -> None:
     run = PRESETS["llama-1b"]
     assert choose_micro_batch(run, 8, 24 * GIB, runtime_bytes=12 * GIB) < choose_micro_batch(run, 8, 24 * GIB)
     assert choose_micro_batch(run, 8, 24 * GIB, runtime_bytes=GIB) == choose_micro_batch(run, 8, 24 * GIB)
+    assert choose_micro_batch(run, 8, 24 * GIB, reserved_ratio=2.0) < choose_micro_batch(run, 8, 24 * GIB)
 
 
 @given(st.integers(10**7, 10**11))

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from dsllm.model.trace import Trace
-    from dsllm.plan.activations import Activations, Device
+    from dsllm.plan.activations import Activations
     from dsllm.plan.calibration import DeviceConstants
     from dsllm.plan.hardware import Gpu
     from dsllm.plan.memory import MemoryEstimate
     from dsllm.plan.way import Way
+    from dsllm.plan.workload import Device
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -123,23 +124,19 @@ class Asked:
 
     def predict(self, way: Way, traced: Activations | None = None) -> MemoryEstimate:
         """With the runtime's share as calibrated, else as the catalogue has it; `traced` in the place of arithmetic."""
-        from dsllm.plan.memory import PHASES, estimate_memory
+        from dsllm.plan.memory import estimate_memory
 
-        def with_runtime(runtime_bytes: int | None) -> MemoryEstimate:
-            return estimate_memory(
-                way.run,
-                way.world_size,
-                way.micro_batch_size,
-                self.parameters,
-                device=self.device,
-                runtime_bytes=runtime_bytes,
-                traced=traced,
-            )
-
-        if self.constants is None:
-            return with_runtime(self.gpu.runtime_bytes if self.gpu else None)
-        tensors = with_runtime(0)
-        return with_runtime(self.constants.beside(max(tensors.tensor_bytes(phase) for phase in PHASES)))
+        beside = self.constants or self.gpu
+        return estimate_memory(
+            way.run,
+            way.world_size,
+            way.micro_batch_size,
+            self.parameters,
+            device=self.device,
+            runtime_bytes=beside.runtime_bytes if beside else None,
+            reserved_ratio=(beside.reserved_ratio or 1.0) if beside else 1.0,
+            traced=traced,
+        )
 
 
 # --- what is given ----------------------------------------------------------------------------------------------------

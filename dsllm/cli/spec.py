@@ -90,7 +90,11 @@ def config(
     loaded = load_spec(spec, overrides or ())
     chosen_for = gpu_named(gpu, known_devices(hardware))
     micro_batch_size = choose_micro_batch(
-        workload(loaded), world_size, chosen_for.memory_bytes, runtime_bytes=chosen_for.runtime_bytes
+        workload(loaded),
+        world_size,
+        chosen_for.memory_bytes,
+        runtime_bytes=chosen_for.runtime_bytes,
+        reserved_ratio=chosen_for.reserved_ratio,
     )
     typer.echo(json.dumps(build_ds_config(loaded, world_size, device, micro_batch_size), indent=2))
 

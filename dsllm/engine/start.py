@@ -19,8 +19,8 @@ from dsllm.model.build import (
     model_config,
 )
 from dsllm.model.initialize import initialize_weights
-from dsllm.model.loss import Implementation, TrainingModel, fused_loss_is_installed
-from dsllm.plan.activations import CHECKPOINTED_BLOCKS
+from dsllm.model.loss import TrainingModel, fused_loss_is_installed
+from dsllm.plan.workload import CHECKPOINTED_BLOCKS, LossImplementation
 from dsllm.spec.sections import Precision, Spec
 
 
@@ -45,7 +45,7 @@ def start_engine(spec: Spec, ds_config: dict[str, Any]) -> DeepSpeedEngine:
     return engine
 
 
-def loss_implementation(spec: Spec) -> Implementation:
+def loss_implementation(spec: Spec) -> LossImplementation:
     """`auto` is fused where liger-kernel can run."""
     if spec.training.loss != "auto":
         return spec.training.loss

@@ -7,7 +7,7 @@ exist at a time, in forward only, and their gradients are taken there and then. 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -15,15 +15,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dsllm.plan.activations import CHUNK_LOGITS_BYTES, PRODUCT_BYTES
+from dsllm.plan.workload import LossImplementation
 
 IGNORED_LABEL = -100
-Implementation = Literal["chunked", "fused", "plain"]
 
 
 class TrainingModel(nn.Module):
     """What DeepSpeed trains: a causal language model whose forward is its loss."""
 
-    def __init__(self, causal_lm: PreTrainedModel, implementation: Implementation) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, implementation: LossImplementation) -> None:
         super().__init__()
         causal_lm.set_output_embeddings(LossHead(causal_lm.get_output_embeddings(), implementation))
         self.causal_lm = causal_lm
@@ -43,7 +43,7 @@ class LossHead(nn.Module):
     A module of its own because ZeRO-3 gathers a parameter for the module that owns it.
     """
 
-    def __init__(self, projection: nn.Linear, implementation: Implementation) -> None:
+    def __init__(self, projection: nn.Linear, implementation: LossImplementation) -> None:
         super().__init__()
         if projection.bias is not None:
             raise ValueError("an output projection with a bias has no chunked loss here")

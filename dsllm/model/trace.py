@@ -39,10 +39,9 @@ from dsllm.model.build import DTYPES, build_model, enable_activation_checkpointi
 from dsllm.model.cuda_kernels import cuda_kernels, replaced
 from dsllm.model.ledger import Ledger
 from dsllm.model.loss import TrainingModel
-from dsllm.plan.activations import CHECKPOINTED_BLOCKS, Activations
-from dsllm.plan.attention import Device
+from dsllm.plan.activations import Activations
 from dsllm.plan.model_shape import ModelShape, Tensor
-from dsllm.plan.workload import Workload
+from dsllm.plan.workload import CHECKPOINTED_BLOCKS, Device, Workload
 
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 from dsllm.plan.attention import (
     STATISTIC_BYTES,
-    Device,
     attention_bytes_per_token,
     attention_peak_bytes_per_token,
 )
 from dsllm.plan.model_shape import ModelShape
-from dsllm.plan.workload import Workload
+from dsllm.plan.workload import CHECKPOINTED_BLOCKS, Device, Workload
 from dsllm.units import MIB
 
 CHUNK_LOGITS_BYTES = 64 * MIB
@@ -24,9 +23,6 @@ CHUNK_LOGITS_BYTES = 64 * MIB
 
 PRODUCT_BYTES = 32 * MIB
 """Rows of the output projection's gradient, in 16 bits, that the chunked loss adds to the fp32 sum at a time."""
-
-CHECKPOINTED_BLOCKS = {"selective": 2, "full": 1}
-"""Every how many blocks activations are computed again in backward."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +54,7 @@ def activations(run: Workload, micro_batch_size: int, device: Device = "cuda") -
     tokens = micro_batch_size * run.sequence_length
     block, boundary = block_bytes_per_token(run, device), run.element_bytes * run.shape.hidden_size
     every = CHECKPOINTED_BLOCKS.get(run.activation_checkpointing)
-    checkpointed = -(-run.shape.num_layers // every) if every else 0
-    kept = (run.shape.num_layers - checkpointed) * block + checkpointed * boundary
+    kept = (run.shape.num_layers - run.num_checkpointed) * block + run.num_checkpointed * boundary
     final_norm = _norm_bytes_per_token(run) - boundary  # its output is the loss's input, and counted there
     at_once = max(block + _gradients_per_token(run, device), attention_peak_bytes_per_token(run, device))
     # what is kept of a block that is computed again is the input of its first norm, unless that makes an fp32 copy

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dsllm.plan.workload import Workload
+from dsllm.plan.workload import Device, Workload
 from dsllm.units import round_up
 
-Device = Literal["cuda", "cpu"]
 Kernel = Literal["flash", "efficient", "math", "eager"]
 
 STATISTIC_BYTES = 4

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsllm.errors import UserError
-from dsllm.plan.hardware import CPU, Gpu, gpu_of_device
+from dsllm.plan.hardware import CPU, Gpu, bytes_beside, gpu_of_device
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class DeviceConstants:
 
     def beside(self, tensor_bytes: int) -> int:
         """Bytes on the device that are not tensors, when tensors take that many."""
-        gaps = (self.reserved_ratio or 1.0) - 1
-        return self.runtime_bytes + round(gaps * tensor_bytes)
+        return bytes_beside(tensor_bytes, self.runtime_bytes, self.reserved_ratio or 1.0)
 
 
 def read_constants(path: Path) -> dict[str, DeviceConstants]:

@@ -12,6 +12,9 @@ from dsllm.errors import UserError
 from dsllm.units import GIB
 
 CATALOGUE = Path(__file__).with_name("hardware.yaml")
+RUNTIME_BYTES = GIB
+"""The CUDA context, kernels' workspaces and NCCL's buffers, where a device's own are not known: not among what torch
+counts, but on the card."""
 CPU = "cpu"
 TYPES = ("bf16", "fp16", "tf32", "fp32")
 
@@ -25,7 +28,7 @@ class Gpu:
     flops: Mapping[str, float]
     memory_bytes_per_second: float
     device_names: tuple[str, ...] = ()
-    runtime_bytes: int = GIB
+    runtime_bytes: int = RUNTIME_BYTES
     matmul_share: float = 0.80
     link: Literal["nvlink", "pcie"] = "pcie"
     link_bytes_per_second: float = 3.2e10
@@ -50,7 +53,7 @@ class Gpu:
 
     def beside(self, tensor_bytes: int) -> int:
         """Bytes on the device that are not tensors, when tensors take that many."""
-        return self.runtime_bytes + round((self.reserved_ratio - 1) * tensor_bytes)
+        return bytes_beside(tensor_bytes, self.runtime_bytes, self.reserved_ratio)
 
     @property
     def has_bf16(self) -> bool:
@@ -59,6 +62,11 @@ class Gpu:
     @property
     def is_cpu(self) -> bool:
         return self.name == CPU
+
+
+def bytes_beside(tensor_bytes: int, runtime_bytes: int, reserved_ratio: float) -> int:
+    """What a device holds beside tensors of so many bytes: the runtime, and the gaps of torch's allocator."""
+    return runtime_bytes + round((reserved_ratio - 1) * tensor_bytes)
 
 
 @cache

@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from dsllm.plan import states
-from dsllm.plan.activations import Activations, Device, activations
-from dsllm.plan.hardware import Gpu, catalogue
+from dsllm.plan.activations import Activations, activations
+from dsllm.plan.hardware import RUNTIME_BYTES, Gpu, bytes_beside, catalogue
 from dsllm.plan.moments import Held, Moment, moments
-from dsllm.plan.workload import Precision, Workload
-from dsllm.units import GIB
+from dsllm.plan.workload import Device, Precision, Workload
 
 Phase = Literal["forward", "backward", "step"]
 PHASES: tuple[Phase, ...] = ("forward", "backward", "step")
@@ -33,9 +32,6 @@ PHASE_OF: Mapping[Moment, Phase] = {
     "norm": "step",
     "update": "step",
 }
-
-RUNTIME_BYTES = GIB
-"""The CUDA context, kernels' workspaces and NCCL's buffers: not among what torch counts, but on the card."""
 
 FITTING_SHARE = 0.95
 """Share of a card that a run may be predicted to use: the rest is for fragmentation."""
@@ -97,6 +93,12 @@ class MemoryEstimate:
         """What torch's allocator holds of it: everything but the device's runtime."""
         return self.phases[phase].total_bytes - self.phases[phase].runtime_bytes
 
+    def with_runtime(self, runtime_bytes: int, reserved_ratio: float = 1.0) -> MemoryEstimate:
+        """The same with what the device holds beside tensors, in all phases what it does at the largest."""
+        beside = bytes_beside(max(map(self.tensor_bytes, self.phases)), runtime_bytes, reserved_ratio)
+        phases = {phase: replace(terms, runtime_bytes=beside) for phase, terms in self.phases.items()}
+        return replace(self, phases=phases, kept=replace(self.kept, runtime_bytes=beside))
+
     def fits(self, memory_bytes: int) -> bool:
         """Whether a card of that size holds the run, with a margin for fragmentation."""
         return self.peak.total_bytes <= memory_bytes * FITTING_SHARE
@@ -135,12 +137,13 @@ def estimate_memory(
     *,
     device: Device = "cuda",
     runtime_bytes: int | None = None,
+    reserved_ratio: float = 1.0,
     traced: Activations | None = None,
 ) -> MemoryEstimate:
     """The memory of each of `world_size` ranks.
 
-    `parameters` overrules the count that follows from the shape, `runtime_bytes` the device's constant, and `traced`
-    the arithmetic of activations.
+    `parameters` overrules the count that follows from the shape, `runtime_bytes` and `reserved_ratio` the device's
+    constants, and `traced` the arithmetic of activations.
     """
     layout = states.Layout(
         run=run,
@@ -152,9 +155,9 @@ def estimate_memory(
     if runtime_bytes is None:
         runtime_bytes = RUNTIME_BYTES if device == "cuda" else 0
     acts = traced or activations(run, micro_batch_size, device)
-    always = Terms(states.parameters_bytes(layout), 0, states.optimizer_bytes(layout), runtime_bytes=runtime_bytes)
+    always = Terms(states.parameters_bytes(layout), 0, states.optimizer_bytes(layout), runtime_bytes=0)
     held = moments(layout)
-    return MemoryEstimate(
+    tensors = MemoryEstimate(
         parameters=parameters or run.shape.parameters,
         allocated_parameters=layout.parameters,
         zero_stage=run.zero.stage,
@@ -169,6 +172,7 @@ def estimate_memory(
         precision=run.precision,
         device=device,
     )
+    return tensors.with_runtime(runtime_bytes, reserved_ratio)
 
 
 def _phases(

@@ -129,18 +129,19 @@ def _whole_tensors(layout: Layout) -> dict[Moment, Held]:
     w, head, embedding = layout.weight, layout.head_gradient, layout.weight * layout.embedding
     own, beside = w * layout.partition.elements, w * (layout.partition.touched - layout.partition.elements)
     bucket, last = w * layout.bucket * layout.buckets, layout.flushes[-1]
-    if layout.stage == 1 and layout.accumulates:
-        before, kept = Held(w * layout.parameters, bucket), Held()
+    if layout.reduces_once:
+        before, kept = Held(w * layout.parameters), Held()
         left = Held(embedding)  # of that, what has not moved into the bucket when the embedding's turn comes
     else:
         before = kept = left = Held(own, beside) if layout.accumulates else Held()
+    between = before + Held(0, bucket if layout.reduces_once else 0)
     flushed = Held(own, beside) if len(layout.flushes) > 1 else Held()
     reduced = Held(own + w * last.beside_bucket, beside + bucket + w * last.copied_merged)
     norm = NORM_BYTES * layout.partition.largest_piece
     return {
-        "forward": before,
-        "loss_backward": before,
-        "last_block": before + Held(head) + (Held() if before.communication >= bucket else Held(0, bucket)),
+        "forward": between,
+        "loss_backward": between,
+        "last_block": before + Held(head, bucket),
         **_early_flush(layout, before, Held(own, beside), bucket),
         "first_block": left + flushed + Held(head, bucket),
         "embedding": left + flushed + Held(layout.embedding_gradients, bucket),
@@ -159,12 +160,10 @@ def _early_flush(layout: Layout, before: Held, kept: Held, bucket: int) -> dict[
     if len(layout.flushes) == 1:
         return {}
     w, (first, second) = layout.weight, layout.flushes[:2]
-    moves = layout.stage == 1 and layout.accumulates
-    beside = 0 if moves else before.communication
-    left_first = before.gradients - (w * first.elements if moves else 0)
-    left_second = left_first - (w * second.elements if moves else 0)
-    one = Held(left_first + layout.head_gradient, beside + bucket + w * first.copied_merged)
-    two = Held(left_second + layout.head_gradient, beside + bucket + w * second.copied_merged) + kept
+    moved = w if layout.reduces_once else 0
+    there = before + Held(layout.head_gradient, bucket)
+    one = there + Held(-moved * first.elements, w * first.copied_merged)
+    two = there + Held(-moved * (first.elements + second.elements), w * second.copied_merged) + kept
     return {"first_flush": max(one, two, key=lambda held: held.total_bytes)}
 
 
@@ -178,15 +177,14 @@ def _compact(layout: Layout) -> dict[Moment, Held]:
     staged = 4 if layout.stage == 1 else w
     flat, bucket = 4 * layout.partition.elements, staged * layout.bucket * layout.buckets
     first, last = layout.flushes[0], layout.flushes[-1]
-    reduces_once = layout.stage == 1 and layout.accumulates
-    before = 4 * layout.parameters if reduces_once else flat if layout.accumulates else 0
+    before = 4 * layout.parameters if layout.reduces_once else flat if layout.accumulates else 0
     flushed = flat if layout.accumulates or len(layout.flushes) > 1 else 0
     # stage 1: what the blocks have not given to the bucket yet
-    left = before - 4 * first.elements if reduces_once else 0
+    left = before - 4 * first.elements if layout.reduces_once else 0
     early = Held(left + flat + head, bucket + w * first.copied, 4 * first.largest_piece)
     return {
-        "forward": Held(before, bucket if reduces_once else 0),
-        "loss_backward": Held(before, bucket if reduces_once else 0),
+        "forward": Held(before, bucket if layout.reduces_once else 0),
+        "loss_backward": Held(before, bucket if layout.reduces_once else 0),
         "last_block": Held(before + head, bucket),
         **({"first_flush": early} if len(layout.flushes) > 1 else {}),
         "first_block": Held(flushed + head, bucket),
@@ -202,7 +200,7 @@ def _offloaded(layout: Layout) -> dict[Moment, Held]:
     w, head, embedding = layout.weight, layout.head_gradient, layout.weight * layout.embedding
     whole, bucket = w * layout.parameters, w * layout.bucket * layout.buckets
     flat = w * min(layout.bucket, layout.parameters) if layout.world_size > 1 else 0
-    before = whole if layout.stage == 1 and layout.accumulates else 0
+    before = whole if layout.reduces_once else 0
     return {
         "forward": Held(before),
         "loss_backward": Held(before),

@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from dsllm.errors import UserError
-from dsllm.plan.activations import Device
 from dsllm.plan.batch import micro_batch_choices
 from dsllm.plan.cost import Cost, Machine, run_cost, step_time
 from dsllm.plan.hardware import Gpu
 from dsllm.plan.memory import FITTING_SHARE, MemoryEstimate, estimate_memory
 from dsllm.plan.work import Kernels
-from dsllm.plan.workload import CHECKPOINTINGS, OffloadDevice, Workload
+from dsllm.plan.workload import CHECKPOINTINGS, Device, OffloadDevice, Workload
 from dsllm.units import format_bytes
 
 HOST_SHARE = 0.9
@@ -39,11 +38,12 @@ def choose_micro_batch(
     device_memory_bytes: int,
     device: Device = "cuda",
     runtime_bytes: int | None = None,
+    reserved_ratio: float = 1.0,
 ) -> int:
     """Sequences per forward on each rank: the run's own number, or for `auto` the largest that is predicted to fit.
 
     Only sizes that divide a rank's share of the global batch are considered, and 1 is taken where nothing fits: the
-    estimate may be wrong, and the run is the judge. `runtime_bytes` overrules the device's constant. Raises UserError
+    estimate may be wrong, and the run is the judge. What the device holds beside tensors may be given. Raises UserError
     where the batch does not divide over the ranks.
     """
     if run.micro_batch_size is not None:
@@ -51,7 +51,9 @@ def choose_micro_batch(
     sizes = micro_batch_choices(run.global_batch_size, world_size)
 
     def fits(size: int) -> bool:
-        memory = estimate_memory(run, world_size, size, device=device, runtime_bytes=runtime_bytes)
+        memory = estimate_memory(
+            run, world_size, size, device=device, runtime_bytes=runtime_bytes, reserved_ratio=reserved_ratio
+        )
         return memory.fits(device_memory_bytes)
 
     return max(filter(fits, sizes), default=1)
@@ -64,12 +66,9 @@ def _tensors(run: Workload, world_size: int, micro_batch_size: int, device: Devi
 
 
 def _memory_on(machine: Machine, run: Workload, micro_batch_size: int) -> MemoryEstimate:
-    """The estimate with what the GPU holds beside tensors, in all phases the same: that of the largest."""
     gpu = machine.gpu
-    estimate = _tensors(run, machine.world_size, micro_batch_size, "cpu" if gpu.is_cpu else "cuda")
-    beside = gpu.beside(estimate.peak.total_bytes)
-    phases = {phase: replace(terms, runtime_bytes=beside) for phase, terms in estimate.phases.items()}
-    return replace(estimate, phases=phases, kept=replace(estimate.kept, runtime_bytes=beside))
+    tensors = _tensors(run, machine.world_size, micro_batch_size, "cpu" if gpu.is_cpu else "cuda")
+    return tensors.with_runtime(gpu.runtime_bytes, gpu.reserved_ratio)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dsllm.plan.activations import Device
 from dsllm.plan.buckets import reduce_bucket_elements, sub_group_elements
 from dsllm.plan.partitions import Flush, Partition, flushes, partition
-from dsllm.plan.workload import ELEMENT_BYTES, Workload
+from dsllm.plan.workload import ELEMENT_BYTES, Device, Workload
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,11 @@ class Layout:
     @property
     def weight(self) -> int:
         return self.run.element_bytes
+
+    @property
+    def reduces_once(self) -> bool:
+        """Stage 1 keeps the gradients of all micro-batches until the last, and reduces then."""
+        return self.stage == 1 and self.accumulates
 
     @property
     def accumulation(self) -> int:

@@ -102,8 +102,7 @@ class Work:
 def micro_step_work(run: Workload, micro_batch_size: int, kernels: Kernels) -> Work:
     """Forward and backward of one micro-batch on one rank."""
     forward, backward = block_work(run, kernels)
-    checkpointed = {"none": 0, "selective": -(-run.shape.num_layers // 2), "full": run.shape.num_layers}
-    again = checkpointed[run.activation_checkpointing]
+    again = run.num_checkpointed
     tokens = micro_batch_size * run.sequence_length
     blocks = forward.plus(backward).times(run.shape.num_layers).plus(forward.times(again)).times(tokens)
     launched = run.shape.num_layers + again / 3

@@ -14,9 +14,14 @@ Precision = Literal["bf16", "fp16", "fp32"]
 Checkpointing = Literal["none", "selective", "full"]
 LossImplementation = Literal["chunked", "fused", "plain"]
 OffloadDevice = Literal["none", "cpu", "nvme"]
+Device = Literal["cuda", "cpu"]
+"""What ranks run on."""
 
 CHECKPOINTINGS: tuple[Checkpointing, ...] = ("none", "selective", "full")
 """From the least arithmetic to the least memory."""
+
+CHECKPOINTED_BLOCKS = {"selective": 2, "full": 1}
+"""Every how many blocks, from the first on, activations are computed again in backward."""
 
 ELEMENT_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -84,6 +89,12 @@ class Workload:
     def element_bytes(self) -> int:
         """Of a weight, an activation, a gradient."""
         return ELEMENT_BYTES[self.precision]
+
+    @property
+    def num_checkpointed(self) -> int:
+        """Blocks whose activations are computed again."""
+        every = CHECKPOINTED_BLOCKS.get(self.activation_checkpointing)
+        return -(-self.shape.num_layers // every) if every else 0
 
     @property
     def accumulation_precision(self) -> Precision:
