@@ -10,18 +10,18 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dsllm.data.shards import INDEX_DTYPE, Shard, Split, SplitRecord, Tokens, write_durably
+from dsllm.data.shards import INDEX_DTYPE, Shard, StreamRecord, Tokens, write_durably
 
 
 class ShardWriter:
-    """Writes the documents of one split; every shard holds `shard_tokens` tokens, the last one what is left.
+    """Writes the documents of one stream; every shard holds `shard_tokens` tokens, the last one what is left.
 
     A context manager: leaving it lets go of the open file, finished or not.
     """
 
-    def __init__(self, directory: Path, split: Split, dtype: np.dtype[Any], shard_tokens: int) -> None:
+    def __init__(self, directory: Path, name: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self._directory = directory
-        self._split = split
+        self._name = name
         self._dtype = dtype
         self._shard_tokens = shard_tokens
         self._shards: list[Shard] = []
@@ -46,11 +46,11 @@ class ShardWriter:
             if shard.tokens == self._shard_tokens:
                 self._finish_shard()
 
-    def finish(self) -> SplitRecord:
+    def finish(self) -> StreamRecord:
         """Close the last shard, and tell what was written."""
         if self._open_shard is not None:
             self._finish_shard()
-        return SplitRecord(
+        return StreamRecord(
             tokens=sum(shard.tokens for shard in self._shards),
             documents=sum(shard.documents for shard in self._shards),
             shards=tuple(self._shards),
@@ -58,7 +58,7 @@ class ShardWriter:
 
     def _shard(self) -> _OpenShard:
         if self._open_shard is None:
-            self._open_shard = _OpenShard(self._directory / f"{self._split}-{len(self._shards):05d}.bin")
+            self._open_shard = _OpenShard(self._directory / f"{self._name}-{len(self._shards):05d}.bin")
         return self._open_shard
 
     def _finish_shard(self) -> None:

@@ -1,8 +1,9 @@
 """Token shards: the prepared data on disk.
 
-A folder holds, for each split, files of raw token ids (`train-00000.bin`, little-endian uint16 or uint32) that make one
-long stream when read in order; beside each an index of the documents that start in it (`.idx`, little-endian int64
-offsets into the shard); and `manifest.json`, which is written last, so that a folder with a manifest is complete.
+A folder holds, for each source and split, files of raw token ids (`news-train-00000.bin`, little-endian uint16 or
+uint32) that make one long stream when read in order; beside each an index of the documents that start in it (`.idx`,
+little-endian int64 offsets into the shard); and `manifest.json`, which is written last, so that a folder with a
+manifest is complete.
 """
 
 from __future__ import annotations
@@ -48,36 +49,61 @@ class Shard(Record):
     index_sha256: str
 
 
-class SplitRecord(Record):
-    """The shards of a split, in order."""
+class StreamRecord(Record):
+    """The shards of one source's documents in one split, in order. Every document ends with end-of-text."""
 
     tokens: int
     documents: int
     shards: tuple[Shard, ...]
 
 
-class SourceCounts(Record):
-    """What a source gave: its description, documents, and bytes of UTF-8."""
+class SourceRecord(Record):
+    """What a source gave: documents and bytes of UTF-8 that were kept, documents that were not, by reason."""
 
+    label: str
     source: str
+    """Its description, as messages have it."""
     documents: int
     text_bytes: int
+    dropped: dict[str, int]
+    streams: dict[Split, StreamRecord]
+    """Splits in which it has documents."""
 
 
 class Manifest(Record):
     """What a folder of shards holds, and from which sections of a spec (`inputs`) it was made."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     inputs: dict[str, Any]
     dtype: Literal["uint16", "uint32"]
     vocab_size: int
     end_of_text_id: int
     tokenizer_sha256: str
-    sources: tuple[SourceCounts, ...]
-    splits: dict[Split, SplitRecord]
-    tokens: int
-    documents: int
-    text_bytes: int
+    sources: tuple[SourceRecord, ...]
+    """In the order of the spec, those that are only validated on last."""
+
+    @property
+    def documents(self) -> int:
+        return sum(source.documents for source in self.sources)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(source.text_bytes for source in self.sources)
+
+    @property
+    def tokens(self) -> int:
+        """Of all splits, end-of-text included."""
+        return self.tokens_of("train") + self.tokens_of("validation")
+
+    def tokens_of(self, split: Split) -> int:
+        return sum(source.streams[split].tokens for source in self.with_split(split))
+
+    def with_split(self, split: Split) -> tuple[SourceRecord, ...]:
+        """The sources that have documents in the split."""
+        return tuple(source for source in self.sources if split in source.streams)
+
+    def source(self, label: str) -> SourceRecord:
+        return next(source for source in self.sources if source.label == label)
 
     def token_dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
         """The type of ids on disk, little-endian on any machine."""
@@ -122,10 +148,10 @@ def verify(directory: Path | str) -> None:
 def _checksums(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Each file of the folder and its SHA-256."""
     yield f"{TOKENIZER_DIRECTORY}/tokenizer.json", manifest.tokenizer_sha256
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            yield shard.file, shard.sha256
-            yield shard.index, shard.index_sha256
+    streams = (stream for source in manifest.sources for stream in source.streams.values())
+    for shard in (shard for stream in streams for shard in stream.shards):
+        yield shard.file, shard.sha256
+        yield shard.index, shard.index_sha256
 
 
 def _is_intact(path: Path, sha256: str) -> bool:
@@ -150,25 +176,22 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 class TokenShards:
-    """The tokens of one split as one stream, memory-mapped: opening costs nothing per token."""
+    """One source's tokens in one split as one stream, memory-mapped: opening costs nothing per token."""
 
-    def __init__(self, directory: Path, manifest: Manifest, split: Split) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, label: str, split: Split) -> None:
         """Map the shards of a split; DataError names a file whose size is not what the manifest says."""
         self.directory = directory
         self.manifest = manifest
+        self.label = label
         self.split = split
-        self._shards = manifest.splits[split].shards
+        self._stream = manifest.source(label).streams[split]
+        self._shards = self._stream.shards
         self._ends = list(accumulate(shard.tokens for shard in self._shards))
         self._arrays = [_map(directory / shard.file, manifest.token_dtype(), shard.tokens) for shard in self._shards]
 
-    @classmethod
-    def open(cls, directory: Path | str, split: Split) -> TokenShards:
-        """The split of a prepared folder; DataError where nothing is prepared or a file has another size."""
-        return cls(Path(directory), read_manifest(directory), split)
-
     def __len__(self) -> int:
-        """Tokens in the split."""
-        return self.manifest.splits[self.split].tokens
+        """Tokens in the stream."""
+        return self._stream.tokens
 
     def read(self, start: int, count: int) -> Tokens:
         """A copy of tokens `[start, start + count)` of the stream, from as many shards as they lie in."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from itertools import chain, count
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dsllm.spec.sections import Model, Tokenizer, Training
+    from dsllm.spec.sections import Data, Model, Source, Tokenizer, Training
 
 PRETRAINED_VOCAB_SIZES = {"gpt2": 50257}
 """Token counts of well-known pretrained tokenizers, so that predictions need no download."""
@@ -31,3 +33,31 @@ def train_steps(training: Training, tokens_per_step: int) -> int:
     if training.tokens is not None:
         limits.append(-(-training.tokens // tokens_per_step))
     return min(limits)
+
+
+def source_labels(data: Data) -> tuple[str, ...]:
+    """A name for each of `sources` and then `validation_sources`: its own label, or one made from its path, all unlike
+    each other where the given ones are."""
+    labels: list[str] = []
+    taken = {source.label for source in (*data.sources, *data.validation_sources)}
+    for source in (*data.sources, *data.validation_sources):
+        label = source.label or _unlike(_label_of(source), taken)
+        taken.add(label)
+        labels.append(label)
+    return tuple(labels)
+
+
+def _label_of(source: Source) -> str:
+    """`corpora/news/*.jsonl.gz` -> `news`, `HuggingFaceFW/fineweb-edu` -> `fineweb-edu`."""
+    if source.kind == "python-stdlib":
+        return source.kind
+    path = source.name if source.kind == "huggingface" else source.path
+    parts = [part for part in path.split("/") if part and not re.search(r"[*?\[]", part)]
+    stem = parts[-1].split(".")[0] if parts else ""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_")[:40] or source.kind
+
+
+def _unlike(label: str, taken: set[str | None]) -> str:
+    """The label itself, or with the first number behind it that makes it a new one."""
+    numbered = (f"{label}-{number}" for number in count(2))
+    return next(name for name in chain([label], numbered) if name not in taken)

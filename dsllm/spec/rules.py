@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dsllm.spec.derived import PRETRAINED_VOCAB_SIZES, tokenizer_vocab_size, train_steps, vocab_size
+from dsllm.spec.derived import PRETRAINED_VOCAB_SIZES, source_labels, tokenizer_vocab_size, train_steps, vocab_size
 
 if TYPE_CHECKING:
-    from dsllm.spec.sections import Batch, Model, Schedule, Section, Tokenizer, Training, Zero
+    from dsllm.spec.sections import Batch, Data, Model, Schedule, Section, Tokenizer, Training, Zero
 
 Rule = Callable[..., Iterator[str]]
 
@@ -95,6 +95,44 @@ def model_holds_the_vocabulary(model: Model, tokenizer: Tokenizer) -> Iterator[s
         yield (
             f"model.vocab_size: given {model.vocab_size}; the tokenizer has {size} tokens and the model must know them "
             f"all; set it to {size} or more, or remove it"
+        )
+
+
+# --- the data ---------------------------------------------------------------------------------------------------------
+
+
+@rule
+def weights_make_a_mix(data: Data) -> Iterator[str]:
+    weights = [source.weight for source in data.sources]
+    missing = [index for index, weight in enumerate(weights) if weight is None]
+    if 0 < len(missing) < len(weights):
+        yield (
+            f"data.sources[{missing[0]}].weight: missing, but other sources have one; a mix needs the weight of each; "
+            f"give it, or remove all weights to mix by size"
+        )
+    elif not missing and sum(weight or 0 for weight in weights) == 0:
+        yield "data.sources: given weights that are all 0; a run needs something to train on; raise one of them"
+    for index, source in enumerate(data.validation_sources):
+        if source.weight is not None:
+            yield (
+                f"data.validation_sources[{index}].weight: given {source.weight:g}; validation sources are not mixed, "
+                f"each is reported by itself; remove it"
+            )
+
+
+@rule
+def labels_are_unlike(data: Data) -> Iterator[str]:
+    labels = source_labels(data)
+    for label in sorted({label for label in labels if labels.count(label) > 1}):
+        yield f"data.sources: given the label {label!r} twice; reports and files are named by it; change one"
+
+
+@rule
+def something_is_validated_on(data: Data) -> Iterator[str]:
+    if data.validation_fraction == 0 and not data.validation_sources:
+        yield (
+            "data.validation_fraction: given 0 without data.validation_sources; a run needs text to validate on; "
+            "set it to 0.0005 or so, or name a source of its own"
         )
 
 

@@ -28,6 +28,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 OffloadDevice = Literal["none", "cpu", "nvme"]
 Precision = Literal["bf16", "fp16", "fp32"]
+LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Section(BaseModel):
@@ -117,33 +118,62 @@ class BpeTokenizer(Section):
 Tokenizer = Annotated[PretrainedTokenizer | SentencePieceTokenizer | BpeTokenizer, Field(discriminator="kind")]
 
 
-class PythonStdlibSource(Section):
+class SourceSection(Section):
+    """What every source has."""
+
+    label: Annotated[str, Field(pattern=LABEL_PATTERN, max_length=60)] | None = None
+    """Name of the source in reports and file names: letters, digits, `.`, `_` and `-`; from its path when absent."""
+    weight: NonNegativeFloat | None = None
+    """Share of the run's samples that this source gives, relative to the other weights. Absent in all: by size."""
+
+
+class PythonStdlibSource(SourceSection):
     """The standard library's own source files, tests left out: text that every Python has."""
 
     kind: Literal["python-stdlib"]
     """Marks the built-in source."""
-    weight: PositiveFloat = 1.0
-    """Share of this source in the mix, relative to the other weights."""
 
 
-class TextSource(Section):
+class TextSource(SourceSection):
     """Local UTF-8 text files, a document each."""
 
     kind: Literal["text"]
     """Marks local text files."""
     path: str
-    """A file, a folder (every .txt, .md and .py below it), or a glob."""
-    weight: PositiveFloat = 1.0
-    """Share of this source in the mix, relative to the other weights."""
+    """A file, a folder (every .txt, .md and .py below it), or a glob; .gz and .zst are unpacked."""
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    """Line that stands between the documents of a file, such as `<|endoftext|>`; a file is one document when absent."""
 
 
-class HuggingFaceSource(Section):
+class JsonlSource(SourceSection):
+    """Local files of one JSON object a line, a document each."""
+
+    kind: Literal["jsonl"]
+    """Marks JSON lines."""
+    path: str
+    """A file, a folder (every .jsonl, .jsonl.gz and .jsonl.zst below it), or a glob."""
+    text_column: str = "text"
+    """Key that holds the document."""
+
+
+class ParquetSource(SourceSection):
+    """Local Parquet files, a document in each row."""
+
+    kind: Literal["parquet"]
+    """Marks Parquet files."""
+    path: str
+    """A file, a folder (every .parquet below it), or a glob."""
+    text_column: str = "text"
+    """Column that holds the documents."""
+
+
+class HuggingFaceSource(SourceSection):
     """A dataset of the Hugging Face `datasets` library."""
 
     kind: Literal["huggingface"]
     """Marks a Hugging Face dataset."""
     name: str
-    """A name on the Hub, or a folder written by `save_to_disk`."""
+    """A name on the Hub, or a local folder: one written by `save_to_disk`, or of data files."""
     subset: str | None = None
     """Configuration of the dataset, where it has several."""
     split: str = "train"
@@ -152,11 +182,25 @@ class HuggingFaceSource(Section):
     """Column that holds the documents."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    weight: PositiveFloat = 1.0
-    """Share of this source in the mix, relative to the other weights."""
+    streaming: bool = False
+    """Whether rows are read as they arrive instead of the whole dataset being downloaded first."""
 
 
-Source = Annotated[PythonStdlibSource | TextSource | HuggingFaceSource, Field(discriminator="kind")]
+class DeepLakeSource(SourceSection):
+    """A Deep Lake dataset; needs `pip install 'dsllm[deeplake]'`."""
+
+    kind: Literal["deeplake"]
+    """Marks a Deep Lake dataset."""
+    path: str
+    """A local dataset's folder, or an address such as `hub://activeloop/openwebtext-train`."""
+    text_column: str = "text"
+    """Column (tensor) that holds the documents."""
+
+
+Source = Annotated[
+    PythonStdlibSource | TextSource | JsonlSource | ParquetSource | HuggingFaceSource | DeepLakeSource,
+    Field(discriminator="kind"),
+]
 
 
 class Data(Section):
@@ -164,8 +208,23 @@ class Data(Section):
 
     sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
     """Where documents come from."""
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.0005
-    """Share of the documents that is held out: no training sample touches them."""
+    validation_sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
+    """Where documents come from that are only evaluated, each source reported by its label."""
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0005
+    """Share of the documents that is held out: no training sample touches them, nor exact copies of them. 0 only beside
+    `validation_sources`."""
+    drop_duplicates: bool = False
+    """Whether of documents with exactly the same text only the first is kept, those of `validation_sources` first."""
+    min_document_characters: NonNegativeInt = 0
+    """Shorter documents are dropped."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents fill sequences: one after the other, cut wherever a sequence ends; or packed so that no document is
+    cut that fits, with a little padding, which never counts in the loss."""
+    mask_documents: bool = False
+    """Whether attention stays within a document, and positions restart with it."""
+    max_epochs: PositiveFloat = 4.0
+    """A source that the run repeats more often than this is warned about (arXiv:2305.16264: up to 4 epochs, tokens are
+    nearly as good as new ones)."""
     directory: str | None = None
     """Folder of the prepared tokens; `data/<spec name>` when absent."""
     shard_tokens: Annotated[int, Field(ge=1024)] = 100_000_000
@@ -300,7 +359,7 @@ class Logging(Section):
 class Spec(Section):
     """One training run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    name: Annotated[str, Field(pattern=LABEL_PATTERN, max_length=100)]
     """Name of the run and of its folder: letters, digits, `.`, `_` and `-`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
     """Decides initial weights and the order of samples."""

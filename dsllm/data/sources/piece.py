@@ -1,0 +1,83 @@
+"""What every source is made of: pieces, which are read one by one in any process, and the documents in them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+PIECE_BYTES = 2**22
+"""Input that a piece holds, about: 4 MiB take a core a second or two to tokenize, so that work is shared out evenly,
+little is lost when it is interrupted, and a few pieces at once need little memory."""
+
+KEY_BYTES = 16
+
+State = dict[str, Any]
+"""Where a stream stands, as JSON holds it."""
+
+Recall = Callable[[str], State | None]
+"""The state that was saved with the piece of that name; None where the piece is not yet prepared."""
+
+Dropped = Counter[str]
+"""Documents that were left out, by reason."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, or a part of a long one: the parts of a document follow each other in their source's pieces.
+
+    `identity` names it in messages, alike on every machine.
+    """
+
+    identity: str
+    text: str
+    begins: bool = True
+    ends: bool = True
+    whole_key: bytes | None = None
+    """The key of the whole document, where this is a part of one."""
+
+    @property
+    def key(self) -> bytes:
+        """Sixteen bytes that depend on the document's whole text alone: which split it is in, and what is a copy."""
+        return self.whole_key if self.whole_key is not None else text_key(self.text.encode("utf-8", "surrogatepass"))
+
+
+def text_key(content: bytes) -> bytes:
+    """The key of a document of that text, in UTF-8."""
+    return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+
+
+class Piece(Protocol):
+    """Neighbouring documents of a source. Picklable; where it begins and ends depends on the input alone."""
+
+    @property
+    def name(self) -> str:
+        """Names it alike on every machine, unlike all other pieces of its source."""
+
+    @property
+    def stamp(self) -> str:
+        """Changes when its input does: the times and sizes of files, a dataset's fingerprint."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Its share of the source's `size_bytes`."""
+
+    @property
+    def state(self) -> State | None:
+        """Where the source stands after it; None for a source that can be read from anywhere."""
+
+    def documents(self, dropped: Dropped) -> Iterator[Document]:
+        """All its documents, in order; whatever is left out is counted. Raises DataError for input that is broken."""
+
+
+class OpenSource(Protocol):
+    """A source that was found and can be read."""
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Input in all, in bytes as they are stored, for the time left; None where nobody knows."""
+
+    def pieces(self, recall: Recall) -> Iterator[Piece]:
+        """Its pieces in order. A stream goes on behind the pieces that `recall` knows, and yields those unread."""
