@@ -1,4 +1,4 @@
-"""Documents to token ids, in parallel processes, in the order of the documents.
+"""Pieces of sources to token ids, in parallel processes.
 
 Imports neither torch nor transformers: worker processes start with this module alone.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections import deque
+import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,53 +16,72 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from tokenizers import Tokenizer
 
-from dsllm.data.sources import Document
-from dsllm.errors import DsllmError
-
-Batch = list["EncodedDocument"]
-Encode = Callable[[Iterable[Document]], Iterator[Batch]]
+from dsllm.data.piece_store import EncodedPiece, save_piece
+from dsllm.data.shards import token_dtype
+from dsllm.data.sources.catalogue import kept_documents
+from dsllm.data.sources.piece import KEY_BYTES, Document, Dropped, Piece
+from dsllm.data.token_ids import TokenIds
+from dsllm.errors import DataError, DsllmError
 
 _BATCH_CHARACTERS = 2**19
-_BATCHES_WORTH_PROCESSES = 32  # about 16 MB: less is done before the processes have started
-_BATCHES_PER_PROCESS = 3  # one in work, two waiting: enough to keep a process busy, and memory stays bounded
+_PIECES_WORTH_PROCESSES = 3  # less is done before the processes have started
+_PENDING_PER_PROCESS = 2  # one in work, one waiting: enough to keep a process busy, and memory stays bounded
 
 
 @dataclass(frozen=True)
-class EncodedDocument:
-    """Ids of one document, end-of-text included, and how many bytes of UTF-8 they stand for."""
+class Encoding:
+    """How text becomes ids, the same for every piece."""
 
-    identity: str
-    ids: npt.NDArray[np.uint32]
+    tokenizer_directory: Path
+    end_of_text_id: int
+    vocab_size: int
+    min_document_characters: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece to be encoded, and the file to write."""
+
+    piece: Piece
+    path: Path
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a piece came to."""
+
+    size_bytes: int
+    documents: int
     text_bytes: int
+    tokens: int
+
+
+Encode = Callable[[Iterable[Task]], Iterator[Done]]
 
 
 @contextmanager
-def encoder(tokenizer_file: Path, end_of_text_id: int, processes: int) -> Iterator[Encode]:
-    """A function from documents to batches of encoded documents, in the same order whatever the number of processes.
+def encoder(encoding: Encoding, processes: int) -> Iterator[Encode]:
+    """A function that carries tasks out, in order and whatever the number of processes with the same files.
 
-    One process, or little text, is encoded right here. Raises DsllmError where a worker process dies.
+    One process, or a few pieces, are encoded right here. Raises DsllmError where a worker process dies.
     """
-    worker = _Worker(tokenizer_file, end_of_text_id)
     pool = ProcessPoolExecutor(
         processes,
         # Started afresh, not forked: a fork of a process that runs threads can hang.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(tokenizer_file, end_of_text_id),
+        initargs=(encoding,),
     )
 
-    def encode(documents: Iterable[Document]) -> Iterator[Batch]:
-        batches = _batches(documents)
-        first = list(islice(batches, _BATCHES_WORTH_PROCESSES))
-        if processes == 1 or len(first) < _BATCHES_WORTH_PROCESSES:
-            return map(worker.encode, chain(first, batches))
-        return _encode_in_order(pool, chain(first, batches), _BATCHES_PER_PROCESS * processes)
+    def encode(tasks: Iterable[Task]) -> Iterator[Done]:
+        remaining = iter(tasks)
+        first = list(islice(remaining, _PIECES_WORTH_PROCESSES))
+        if processes == 1 or len(first) < _PIECES_WORTH_PROCESSES:
+            return map(_Worker(encoding).encode, chain(first, remaining))
+        return _encode_in_order(pool, chain(first, remaining), _PENDING_PER_PROCESS * processes)
 
     try:
         yield encode
@@ -73,18 +93,80 @@ def encoder(tokenizer_file: Path, end_of_text_id: int, processes: int) -> Iterat
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode_in_order(pool: ProcessPoolExecutor, batches: Iterable[list[Document]], max_pending: int) -> Iterator[Batch]:
-    pending: deque[Future[Batch]] = deque()
-    for batch in batches:
-        pending.append(pool.submit(_encode_in_worker, batch))
+def _encode_in_order(pool: ProcessPoolExecutor, tasks: Iterable[Task], max_pending: int) -> Iterator[Done]:
+    pending: deque[Future[Done]] = deque()
+    for task in tasks:
+        pending.append(pool.submit(_encode_in_worker, task))
         if len(pending) == max_pending:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
+class _Worker:
+    """Reads, encodes and writes one piece after the other."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._encoding = encoding
+        self._ids = TokenIds.open(encoding.tokenizer_directory)
+        self._dtype = token_dtype(encoding.vocab_size)
+        self._end_of_text = np.array([encoding.end_of_text_id], self._dtype)
+
+    def encode(self, task: Task) -> Done:
+        dropped: Dropped = Counter()
+        stretches = _Stretches()
+        kept = kept_documents(task.piece, self._encoding.min_document_characters, dropped)
+        for batch in _batches(kept):
+            for document, ids in zip(batch, self._ids.encode([document.text for document in batch]), strict=True):
+                self._check(document, ids)
+                stretches.add(document, ids.astype(self._dtype, copy=False), self._end_of_text)
+        encoded = stretches.piece(task.piece, self._dtype, dropped)
+        save_piece(task.path, encoded)
+        return Done(task.piece.size_bytes, encoded.num_documents, int(encoded.text_bytes.sum()), len(encoded.tokens))
+
+    def _check(self, document: Document, ids: np.ndarray) -> None:
+        if len(ids) and ids.max() >= self._encoding.vocab_size:
+            raise DataError(
+                f"{document.identity}: the tokenizer gives it the token {ids.max()}, but says that it has "
+                f"{self._encoding.vocab_size} tokens; its folder is damaged: save the tokenizer again"
+            )
+
+
+class _Stretches:
+    """Collects the stretches of a piece."""
+
+    def __init__(self) -> None:
+        self._tokens: list[np.ndarray] = []
+        self._starts: list[int] = []
+        self._begins: list[bool] = []
+        self._keys: list[bytes] = []
+        self._text_bytes: list[int] = []
+        self._num_tokens = 0
+
+    def add(self, document: Document, ids: np.ndarray, end_of_text: np.ndarray) -> None:
+        self._starts.append(self._num_tokens)
+        self._begins.append(document.begins)
+        self._keys.append(document.key)
+        self._text_bytes.append(len(document.text.encode("utf-8", "surrogatepass")))
+        for tokens in (ids, end_of_text) if document.ends else (ids,):
+            self._tokens.append(tokens)
+            self._num_tokens += len(tokens)
+
+    def piece(self, piece: Piece, dtype: np.dtype, dropped: Dropped) -> EncodedPiece:
+        return EncodedPiece(
+            name=piece.name,
+            tokens=np.concatenate([np.empty(0, dtype), *self._tokens]),
+            starts=np.array(self._starts, np.int64),
+            begins=np.array(self._begins, np.bool_),
+            keys=np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, KEY_BYTES),
+            text_bytes=np.array(self._text_bytes, np.int64),
+            dropped=dict(dropped),
+            state=piece.state,
+        )
+
+
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Neighbouring documents together, so that a message between processes is worth its cost."""
+    """Neighbouring documents together, which the tokenizer takes in one call."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
@@ -97,39 +179,24 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-class _Worker:
-    """The tokenizer as preparation uses it: whole documents, and a text that spells a special token stays text, so
-    that no document can forge the end of another."""
-
-    def __init__(self, tokenizer_file: Path, end_of_text_id: int) -> None:
-        self._tokenizer: Any = Tokenizer.from_file(str(tokenizer_file))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
-        self._end_of_text_id = end_of_text_id
-
-    def encode(self, documents: list[Document]) -> Batch:
-        texts = [document.text for document in documents]
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [
-            EncodedDocument(
-                document.identity,
-                np.array([*encoding.ids, self._end_of_text_id], dtype=np.uint32),
-                len(document.text.encode("utf-8")),
-            )
-            for document, encoding in zip(documents, encodings, strict=True)
-        ]
-
-
 _worker: _Worker | None = None  # one in each worker process
 
 
-def _start_worker(tokenizer_file: Path, end_of_text_id: int) -> None:
+def _start_worker(encoding: Encoding) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker = _Worker(tokenizer_file, end_of_text_id)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = _Worker(encoding)
 
 
-def _encode_in_worker(documents: list[Document]) -> Batch:
+def _end_with_parent() -> None:
+    """A worker waits for its queue for ever when the process that fills it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker process has a parent"
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(task: Task) -> Done:
     assert _worker is not None, "the pool was made without its initializer"
-    return _worker.encode(documents)
+    return _worker.encode(task)

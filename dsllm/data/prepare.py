@@ -1,48 +1,41 @@
-"""From text to token shards: the tokenizer, the held-out split, and a folder that is either complete or absent."""
+"""From text to token shards: a folder that is either complete or absent, made by however many attempts."""
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from itertools import chain
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from dsllm.data.encode import Batch, EncodedDocument, encoder
-from dsllm.data.shard_writer import ShardWriter
+from dsllm.data.duplicates import Copies
+from dsllm.data.encode import encoder
+from dsllm.data.join import Joiner
+from dsllm.data.piece_store import PieceFile
+from dsllm.data.pipeline import InputChangedError, Pipeline, Progress
+from dsllm.data.recipe import Recipe, labelled_sources, prepared_fields, settle_recipe
 from dsllm.data.shards import (
     MANIFEST_FILE,
     TOKENIZER_DIRECTORY,
     Manifest,
-    SourceCounts,
-    Split,
-    SplitRecord,
-    file_sha256,
+    SourceRecord,
     read_manifest,
+    token_dtype,
     write_manifest,
 )
-from dsllm.data.sources import describe, documents
-from dsllm.data.tokenizer import TOKENIZER_FILE, build_tokenizer, check_vocabulary, token_count
-from dsllm.errors import DataError, DsllmError, UserError
-from dsllm.spec.sections import Data, Source, Spec
+from dsllm.data.sources.catalogue import open_source
+from dsllm.data.sources.messages import describe, no_text
+from dsllm.data.sources.piece import Dropped, OpenSource
+from dsllm.data.tokenizer import check_vocabulary
+from dsllm.data.workplace import PIECES, STAGING, move_up, refuse_foreign_files, start_over, workplace
+from dsllm.errors import DataError, UserError
+from dsllm.spec.sections import Spec
 
-_STAGING = ".partial"
-_HASHES = 2**64
+logger = logging.getLogger(__name__)
 
+SHARDS = "shards"
 
-@dataclass(frozen=True)
-class Progress:
-    """How far preparation has come. All zero while the tokenizer is being made."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
+Report = Callable[[Progress], None]
 
 
 def default_directory(spec: Spec) -> Path:
@@ -55,56 +48,39 @@ def prepare(
     directory: Path | str,
     *,
     processes: int | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    skip_bad_lines: bool = False,
+    on_progress: Report | None = None,
 ) -> Manifest:
     """Make the spec's tokenizer and token shards in `directory`, or reuse them where they are already there.
 
-    `processes` tokenize (as many as cores when None); the bytes written do not depend on it. `on_progress` is called
-    every now and then. Raises UserError for a folder that holds something else, DataError for sources that cannot be
-    used, DsllmError for a disk that fails; nothing half-made is left in the folder.
+    `processes` tokenize (as many as cores when None); the bytes written do not depend on it, nor on how often
+    preparation was interrupted. `on_progress` is called every now and then. Raises UserError for a folder that holds
+    something else or a full disk, DataError for sources that cannot be used, DsllmError for a disk that fails; no
+    half-made shard is left in the folder, and finished work is kept in its `.partial` for the next attempt.
     """
     target = Path(directory)
-    report = on_progress or (lambda progress: None)
+    staging = target / STAGING
     if (target / MANIFEST_FILE).is_file():
-        return _reuse(spec, target)
-    _refuse_unequal_weights(spec.data)
-    with _staging(target) as staging:
-        report(Progress())
-        threshold = validation_threshold(spec.data)
-        manifest = _write(spec, staging, threshold, processes or _num_cores(), report)
-    return manifest
+        shutil.rmtree(staging, ignore_errors=True)  # left by one that was killed while it tidied up
+        return reuse(spec, target)
+    refuse_foreign_files(target)
+    report = on_progress or (lambda progress: None)
+    with workplace(staging, prepared_fields(spec)):
+        if not (staging / MANIFEST_FILE).is_file():
+            try:
+                _write_shards(spec, staging, processes or num_cores(), skip_bad_lines, report)
+            except InputChangedError:
+                logger.warning("%s: sources changed since preparation was interrupted; starting over", target)
+                start_over(staging)
+                _write_shards(spec, staging, processes or num_cores(), skip_bad_lines, report)
+        finish(staging)
+    return read_manifest(target)
 
 
-def validation_threshold(data: Data) -> int:
-    """Documents whose `identity_hash` is below this number are held out.
-
-    It is the fraction of all hashes, moved just enough that a small source gives each split a document. Reads only
-    until both splits have one. DataError where there are not two documents to share out.
-    """
-    threshold = int(data.validation_fraction * _HASHES)
-    lowest, highest = _HASHES, -1
-    for document in chain.from_iterable(documents(source) for source in data.sources):
-        value = identity_hash(document.identity)
-        lowest, highest = min(lowest, value), max(highest, value)
-        if lowest < threshold <= highest:
-            return threshold
-    if lowest == highest:
-        raise DataError(
-            "data.sources: given 1 document; one must be trained on and another held out for validation; "
-            "split the text into several files"
-        )
-    return lowest + 1 if lowest >= threshold else highest
-
-
-def identity_hash(identity: str) -> int:
-    """A number below 2**64 that depends on the identity alone, on any machine."""
-    return int.from_bytes(hashlib.blake2b(identity.encode("utf-8"), digest_size=8).digest(), "little")
-
-
-def _reuse(spec: Spec, directory: Path) -> Manifest:
+def reuse(spec: Spec, directory: Path) -> Manifest:
     """The manifest of a folder that was prepared from the same sections; UserError for any other."""
     manifest = read_manifest(directory)
-    inputs = _inputs(spec)
+    inputs = prepared_fields(spec)
     if changed := [name for name in inputs if inputs[name] != manifest.inputs.get(name)]:
         raise UserError(
             f"{directory}: prepared from a spec with other values of {', '.join(changed)}; "
@@ -114,128 +90,91 @@ def _reuse(spec: Spec, directory: Path) -> Manifest:
     return manifest
 
 
-def _inputs(spec: Spec) -> dict[str, Any]:
-    """The fields that decide the prepared bytes, by their names in the spec. Where the folder lies is not one."""
-    sections = {
-        "tokenizer": spec.tokenizer.model_dump(mode="json"),
-        "data": spec.data.model_dump(mode="json", exclude={"directory"}),
-    }
-    return {f"{section}.{key}": value for section, fields in sections.items() for key, value in fields.items()}
+def open_sources(spec: Spec, *, skip_bad_lines: bool = False) -> dict[str, OpenSource]:
+    """Every source, opened before anything is read, so that one that is missing is told at once.
+
+    Those that are only validated on come first: of documents with the same text, the first is kept.
+    """
+    sources = labelled_sources(spec)
+    validated_first = sorted(sources, key=lambda label: label not in list(sources)[len(spec.data.sources) :])
+    return {label: open_source(sources[label], skip_bad_lines=skip_bad_lines) for label in validated_first}
 
 
-def _refuse_unequal_weights(data: Data) -> None:
-    weights = [source.weight for source in data.sources]
-    if len(set(weights)) > 1:
-        raise UserError(
-            f"data.sources: given the weights {', '.join(f'{weight:g}' for weight in weights)}; every source is taken "
-            f"as it is, mixing by weight is not supported yet; give all sources the same weight"
-        )
-
-
-@contextmanager
-def _staging(directory: Path) -> Iterator[Path]:
-    """A folder inside `directory` to write in. Its content moves up when the block ends well, the manifest last; when
-    the block fails it is deleted. What an interrupted preparation left is deleted first."""
-    staging = directory / _STAGING
-    _refuse_foreign_files(directory)
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        _move_up(staging)
-    except OSError as error:
-        raise DsllmError(
-            f"{directory}: preparing failed ({error}); nothing was kept; mend that, or set data.directory elsewhere"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):  # not empty, which is the usual case, or never made
-            directory.rmdir()
-
-
-def _refuse_foreign_files(directory: Path) -> None:
-    """A folder with files but neither a manifest nor a staging folder of ours is somebody's."""
-    if directory.is_dir() and not (directory / _STAGING).exists():
-        foreign = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
-        if foreign:
-            raise UserError(
-                f"{directory}: holds {foreign[0]}, which dsllm did not prepare; set data.directory to an empty folder"
-            )
-
-
-def _move_up(staging: Path) -> None:
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST_FILE):
-        target = staging.parent / path.name
-        if target.is_dir():  # left by a preparation that was killed while it moved
-            shutil.rmtree(target)
-        os.replace(path, target)
-
-
-def _write(spec: Spec, directory: Path, threshold: int, processes: int, report: Callable[[Progress], None]) -> Manifest:
-    tokenizer = build_tokenizer(spec, directory / TOKENIZER_DIRECTORY)
-    tokenizer_file = directory / TOKENIZER_DIRECTORY / TOKENIZER_FILE
-    vocab_size = token_count(tokenizer)
-    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-    with (
-        ShardWriter(directory, "train", dtype, spec.data.shard_tokens) as train,
-        ShardWriter(directory, "validation", dtype, spec.data.shard_tokens) as validation,
-        encoder(tokenizer_file, tokenizer.eos_token_id, processes) as encode,
-    ):
-        writers = _Writers(train, validation, threshold)
-        milestones = [Progress()]
-        for source in spec.data.sources:
-            milestones.append(_write_source(encode(documents(source)), writers, milestones[-1], report))
-        splits: dict[Split, SplitRecord] = {"train": train.finish(), "validation": validation.finish()}
-    manifest = Manifest(
-        inputs=_inputs(spec),
-        dtype="uint16" if dtype == np.uint16 else "uint32",
-        vocab_size=vocab_size,
-        end_of_text_id=tokenizer.eos_token_id,
-        tokenizer_sha256=file_sha256(tokenizer_file),
-        sources=tuple(map(_source_counts, spec.data.sources, milestones, milestones[1:])),
-        splits=splits,
-        **asdict(milestones[-1]),
-    )
-    write_manifest(directory, manifest)
-    return manifest
-
-
-@dataclass(frozen=True)
-class _Writers:
-    """The two splits, and the rule that tells them apart."""
-
-    train: ShardWriter
-    validation: ShardWriter
-    threshold: int
-
-    def write(self, document: EncodedDocument) -> None:
-        split = self.validation if identity_hash(document.identity) < self.threshold else self.train
-        split.write(document.ids)
-
-
-def _write_source(
-    batches: Iterable[Batch], writers: _Writers, progress: Progress, report: Callable[[Progress], None]
-) -> Progress:
-    """Write the documents of one source after `progress`; the progress after it."""
-    for batch in batches:
-        for document in batch:
-            writers.write(document)
-        progress = Progress(
-            documents=progress.documents + len(batch),
-            text_bytes=progress.text_bytes + sum(document.text_bytes for document in batch),
-            tokens=progress.tokens + sum(len(document.ids) for document in batch),
-        )
-        report(progress)
-    return progress
-
-
-def _source_counts(source: Source, before: Progress, after: Progress) -> SourceCounts:
-    return SourceCounts(
-        source=describe(source),
-        documents=after.documents - before.documents,
-        text_bytes=after.text_bytes - before.text_bytes,
-    )
-
-
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write_shards(spec: Spec, staging: Path, processes: int, skip_bad_lines: bool, report: Report) -> None:
+    """All that the manifest names, and the manifest, in the staging folder."""
+    report(Progress())
+    sources = open_sources(spec, skip_bad_lines=skip_bad_lines)
+    recipe = settle_recipe(spec, staging, skip_bad_lines=skip_bad_lines)
+    with (
+        encoder(recipe.encoding(spec, staging), processes) as encode,
+        Joiner(staging / SHARDS, recipe.routing(spec)) as joiner,
+    ):
+        # Copies are found among all documents, so that no piece is joined before the last one is there.
+        joined = () if spec.data.drop_duplicates else joiner.joined
+        pipeline = Pipeline(sources, staging / PIECES, joined=joined, on_progress=report)
+        join(spec, recipe, staging, pipeline.run(encode), joiner)
+
+
+def join(
+    spec: Spec, recipe: Recipe, staging: Path, files: Iterable[PieceFile], joiner: Joiner, *, keep: bool = False
+) -> None:
+    """Join the pieces and write the manifest. The pieces' own files are deleted on the way unless they are to be kept.
+
+    `files` are those behind what is joined, but all where duplicates are dropped. Raises DataError for sources that
+    gave nothing.
+    """
+    if spec.data.drop_duplicates:
+        _join_unlike(list(files), staging, joiner)
+    else:
+        for file in files:
+            joiner.add(file, keep=keep)
+    sources = labelled_sources(spec)
+    for label, source in sources.items():
+        if joiner.counts(label).documents == 0:
+            raise no_text(source, Dropped(joiner.counts(label).dropped))
+    records = joiner.finish([describe(source) for source in sources.values()])
+    _check_training_text(spec, records)
+    write_manifest(staging, _manifest(spec, recipe, records))
+
+
+def _join_unlike(files: list[PieceFile], staging: Path, joiner: Joiner) -> None:
+    """Join all documents but those that repeat an earlier one."""
+    if any(not piece.is_of(file) for piece, file in zip(joiner.joined, files, strict=False)):
+        raise InputChangedError
+    copies = Copies([file.path for file in files], staging / "copies")
+    for index in range(len(joiner.joined), len(files)):
+        joiner.add(files[index], copies.of(index), keep=True)
+
+
+def _check_training_text(spec: Spec, records: Iterable[SourceRecord]) -> None:
+    num_tokens = sum(record.streams["train"].tokens for record in records if "train" in record.streams)
+    if num_tokens <= spec.batch.sequence_length:
+        raise DataError(
+            f"data.validation_fraction: given {spec.data.validation_fraction:g}, which leaves {num_tokens} tokens to "
+            f"train on; one sample needs {spec.batch.sequence_length + 1}; lower it, or give more text"
+        )
+
+
+def _manifest(spec: Spec, recipe: Recipe, records: tuple[SourceRecord, ...]) -> Manifest:
+    return Manifest(
+        inputs=prepared_fields(spec),
+        dtype="uint16" if token_dtype(recipe.vocab_size).itemsize == 2 else "uint32",
+        vocab_size=recipe.vocab_size,
+        end_of_text_id=recipe.end_of_text_id,
+        tokenizer_sha256=recipe.tokenizer_sha256,
+        sources=records,
+    )
+
+
+def finish(staging: Path) -> None:
+    """Move everything that the manifest names to its place, the manifest last."""
+    manifest = read_manifest(staging)
+    streams = (stream for source in manifest.sources for stream in source.streams.values())
+    shards = [shard for stream in streams for shard in stream.shards]
+    files = [name for shard in shards for name in (shard.file, shard.index)]
+    move_up(staging, [TOKENIZER_DIRECTORY, *(f"{SHARDS}/{name}" for name in files)])

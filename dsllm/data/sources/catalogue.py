@@ -10,9 +10,37 @@ from dsllm.data.sources.piece import Document, Dropped, OpenSource, Piece
 from dsllm.spec.sections import Source
 
 
-def open_source(source: Source, *, skip_bad_lines: bool = False) -> OpenSource:
-    """Find the source's input. Raises DataError where there is none, or it is not what the spec says."""
-    raise NotImplementedError
+def open_source(source: Source, *, skip_bad_lines: bool = False, piece_bytes: int | None = None) -> OpenSource:
+    """Find the source's input, in pieces of about PIECE_BYTES, or `piece_bytes`.
+
+    Raises DataError where there is none, or it is not what the spec says. Each kind imports its own libraries, so that
+    text needs none.
+    """
+    match source.kind:
+        case "python-stdlib":
+            from dsllm.data.sources.text import open_stdlib
+
+            return open_stdlib(source, piece_bytes)
+        case "text":
+            from dsllm.data.sources.text import open_text
+
+            return open_text(source, piece_bytes)
+        case "jsonl":
+            from dsllm.data.sources.jsonl import open_jsonl
+
+            return open_jsonl(source, skip_bad_lines=skip_bad_lines, piece_bytes=piece_bytes)
+        case "parquet":
+            from dsllm.data.sources.parquet import open_parquet
+
+            return open_parquet(source, piece_bytes)
+        case "huggingface":
+            from dsllm.data.sources.huggingface import open_huggingface
+
+            return open_huggingface(source, piece_bytes)
+        case "deeplake":
+            from dsllm.data.sources.deeplake import open_deeplake
+
+            return open_deeplake(source, piece_bytes)
 
 
 def documents(source: Source, *, skip_bad_lines: bool = False) -> Iterator[Document]:

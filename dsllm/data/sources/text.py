@@ -1,153 +1,113 @@
-"""Where text comes from: every source is an iterator of documents, in an order that never changes."""
+"""Text files: a document each, or several with a separator line between them."""
 
 from __future__ import annotations
 
-import glob
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from dsllm.data.sources.files import ByteStream, FoundFile, describe_files, find_files, opened, read_range
+from dsllm.data.sources.piece import PIECE_BYTES, Document, Dropped, OpenSource
+from dsllm.data.sources.separators import Extent, extents, whole_documents
+from dsllm.data.sources.spans import FileSource, Part, Span
 from dsllm.errors import DataError
-from dsllm.spec.sections import HuggingFaceSource, PythonStdlibSource, Source, TextSource
+from dsllm.spec.sections import PythonStdlibSource, TextSource
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-TEXT_SUFFIXES = (".txt", ".md", ".py")
+TEXT_SUFFIXES = tuple(kind + packing for kind in (".txt", ".md", ".py") for packing in ("", ".gz", ".zst"))
 _STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text. `identity` names it alike on every machine; whether it is held out depends on nothing else."""
-
-    identity: str
-    text: str
-
-
-def documents(source: Source) -> Iterator[Document]:
-    """Documents of the source that hold more than white space.
-
-    Raises DataError for a source that cannot be read, or holds no text at all.
-    """
-    empty = True
-    for document in _READERS[source.kind](source):
-        if document.text.strip():
-            empty = False
-            yield document
-    if empty:
-        raise DataError(f"{describe(source)}: there is no text in it; point it to files that hold some, or remove it")
+def open_text(source: TextSource, piece_bytes: int | None = None) -> OpenSource:
+    """Local text files. Raises DataError where there are none."""
+    separator = source.separator.encode() if source.separator else None
+    reader = TextReader("text", separator, piece_bytes or PIECE_BYTES)
+    return FileSource(find_files(source, TEXT_SUFFIXES), reader)
 
 
-def describe(source: Source) -> str:
-    """The source as messages name it: `text source 'corpus/*.txt'`."""
-    name = {"python-stdlib": None, "text": "path", "huggingface": "name"}[source.kind]
-    return f"{source.kind} source {getattr(source, name)!r}" if name else f"{source.kind} source"
-
-
-def _stdlib_documents(source: PythonStdlibSource) -> Iterator[Document]:
+def open_stdlib(source: PythonStdlibSource, piece_bytes: int | None = None) -> OpenSource:
+    """The standard library's own source files."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = [file for file in root.rglob("*.py") if not _STDLIB_LEFT_OUT.intersection(file.relative_to(root).parts)]
-    return _file_documents(source, files, root)
+    files = (file for file in root.rglob("*.py") if not _STDLIB_LEFT_OUT.intersection(file.relative_to(root).parts))
+    reader = TextReader("python-stdlib", None, piece_bytes or PIECE_BYTES)
+    return FileSource(describe_files(source, files, root), reader)
 
 
-def _text_documents(source: TextSource) -> Iterator[Document]:
-    path = Path(source.path).expanduser()
-    if path.is_dir():
-        files = [file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and not _is_hidden(file, path)]
-        return _file_documents(source, files, path)
-    if path.is_file():
-        return _file_documents(source, [path], path.parent)
-    files = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    if not files:
-        raise DataError(f"{describe(source)}: no file, folder or match of that name; correct data.sources' path")
-    return _file_documents(source, [file for file in files if file.is_file()], _folder_above_wildcards(path))
+@dataclass(frozen=True)
+class TextReader:
+    """Cuts and reads text files."""
+
+    kind: str
+    separator: bytes | None
+    piece_bytes: int
+
+    def is_read_to_cut(self, file: FoundFile) -> bool:
+        return bool(self.separator or file.codec) or file.size_bytes > self.piece_bytes
+
+    def spans(self, file: FoundFile) -> Iterator[Span]:
+        """Small files whole; in large ones neighbouring documents, or the parts of a long one."""
+        if not self.is_read_to_cut(file):
+            yield Span(file, 0, file.size_bytes, file.size_bytes, file.size_bytes)
+            return
+        # Compressed, a file is read twice at once: ahead, to find where its documents end, and again to carry them.
+        with opened(file) as ahead, opened(file) as stream:
+            found = extents(ahead.blocks(), self.separator, self.piece_bytes)
+            done_bytes = 0
+            for start, stop, part in _stretches(found, self.piece_bytes):
+                carried = _read_on(stream, start, stop) if file.codec else None
+                read_bytes = stream.stored_bytes if file.codec else stop
+                yield Span(file, start, stop, stop - start, read_bytes - done_bytes, carried, part)
+                done_bytes = read_bytes
+
+    def documents(self, span: Span, dropped: Dropped) -> Iterator[Document]:
+        """Texts as they are, byte for byte: no newline is translated."""
+        content = span.carried if span.carried is not None else read_range(span.file, span.start, span.stop)
+        part = span.part
+        if part:
+            identity = self._identity(span.file, part.document_start)
+            text = _decoded(content, span.file, span.start)
+            yield Document(identity, text, part.begins, part.ends, part.whole_key)
+        elif self.separator:
+            for offset, document in whole_documents(content, self.separator):
+                start = span.start + offset
+                yield Document(self._identity(span.file, start), _decoded(document, span.file, start))
+        else:
+            yield Document(self._identity(span.file, 0), _decoded(content, span.file, 0))
+
+    def _identity(self, file: FoundFile, start: int) -> str:
+        return f"{self.kind}:{file.name}:{start}" if self.separator else f"{self.kind}:{file.name}"
 
 
-def _file_documents(source: Source, files: Iterable[Path], root: Path) -> Iterator[Document]:
-    """A document for each file, sorted; identities are paths below `root`, so that a moved folder splits alike."""
-    for name, file in sorted((file.relative_to(root).as_posix(), file) for file in files):
-        yield Document(f"{source.kind}:{name}", _read_utf8(file))
+def _stretches(found: Iterable[Extent], piece_bytes: int) -> Iterator[tuple[int, int, Part | None]]:
+    """Neighbouring documents together, up to a piece; every part of a long one by itself."""
+    start, stop = 0, None
+    for extent in found:
+        begin, *ends = extent.cuts
+        if len(ends) == 1 and stop is not None and ends[0] - start <= piece_bytes:
+            stop = ends[0]
+            continue
+        if stop is not None:
+            yield start, stop, None
+        if len(ends) == 1:
+            start, stop = begin, ends[0]
+            continue
+        stop = None
+        for part_start, part_stop in zip(extent.cuts, ends, strict=False):
+            yield part_start, part_stop, Part(part_start == begin, part_stop == ends[-1], begin, extent.key)
+    if stop is not None:
+        yield start, stop, None
 
 
-def _read_utf8(file: Path) -> str:
-    """The file's text, byte for byte: no newline is translated."""
+def _read_on(stream: ByteStream, start: int, stop: int) -> bytes:
+    stream.skip_to(start)
+    return stream.read(stop - start)
+
+
+def _decoded(content: bytes, file: FoundFile, start: int) -> str:
     try:
-        return file.read_bytes().decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{file}: byte {error.start} is not valid UTF-8 ({error.reason}); convert it to UTF-8, or leave it out"
+            f"{file.path}: byte {start + error.start} is not valid UTF-8 ({error.reason}); "
+            f"convert it to UTF-8, or leave it out"
         ) from error
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); mend that, or leave the file out") from error
-
-
-def _is_hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
-
-
-def _folder_above_wildcards(pattern: Path) -> Path:
-    """`corpus/*/a.txt` -> `corpus`."""
-    return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
-
-
-def _huggingface_documents(source: HuggingFaceSource) -> Iterator[Document]:
-    dataset = _open_dataset(source)
-    if source.text_column not in dataset.column_names:
-        raise DataError(
-            f"{describe(source)}: no column {source.text_column!r}; "
-            f"set text_column to one of {', '.join(dataset.column_names)}"
-        )
-    prefix = f"huggingface:{Path(source.name).name}:{source.subset or ''}:{source.split}"
-    for index, row in enumerate(dataset.select_columns([source.text_column])):
-        yield Document(f"{prefix}:{index}", _cell_text(row[source.text_column], source, index))
-
-
-def _cell_text(cell: object, source: HuggingFaceSource, index: int) -> str:
-    if cell is None:
-        return ""
-    if not isinstance(cell, str):
-        raise DataError(
-            f"{describe(source)}: row {index} of column {source.text_column!r} holds {type(cell).__name__}; "
-            f"set text_column to a column of text"
-        )
-    return cell
-
-
-def _open_dataset(source: HuggingFaceSource) -> Dataset:
-    """The split, from a folder written by `save_to_disk` or through the Hub's cache."""
-    from datasets import load_from_disk
-
-    folder = Path(source.name).expanduser()
-    if (folder / "state.json").is_file():
-        return load_from_disk(folder)
-    if (folder / "dataset_dict.json").is_file():
-        splits = load_from_disk(folder)
-        if source.split not in splits:
-            raise DataError(
-                f"{describe(source)}: no split {source.split!r}; set split to one of {', '.join(map(str, splits))}"
-            )
-        return splits[source.split]
-    return _load_from_hub(source)
-
-
-def _load_from_hub(source: HuggingFaceSource) -> Dataset:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(source.name, source.subset, split=source.split, revision=source.revision)
-    # FileNotFoundError: neither on the Hub nor here. ConnectionError: no network. ValueError: no such subset or split.
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{describe(source)}: cannot be loaded ({' '.join(str(error).split())}); check the name and the network, "
-            f"or set name to a folder written by datasets' save_to_disk"
-        ) from error
-
-
-_READERS: dict[str, Callable[[Any], Iterator[Document]]] = {
-    "python-stdlib": _stdlib_documents,
-    "text": _text_documents,
-    "huggingface": _huggingface_documents,
-}

@@ -1,0 +1,156 @@
+"""One preparation on several machines: each makes a part of the pieces, and one of them joins all parts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dsllm.data.encode import encoder
+from dsllm.data.join import Joiner
+from dsllm.data.piece_store import PieceFile
+from dsllm.data.pipeline import Part, Pipeline, Progress
+from dsllm.data.prepare import SHARDS, finish, join, num_cores, open_sources, reuse
+from dsllm.data.recipe import Recipe, prepared_fields, settle_recipe
+from dsllm.data.shards import MANIFEST_FILE, TOKENIZER_DIRECTORY, Manifest, Record, read_manifest, write_durably
+from dsllm.data.workplace import PART_FILE, PIECES, STAGING, refuse_foreign_files, workplace
+from dsllm.errors import UserError
+from dsllm.spec.sections import Spec
+
+
+class PartPiece(Record):
+    """A piece of a part; `position` is its place among all pieces of all sources."""
+
+    position: int
+    label: str
+    index: int
+    name: str
+    stamp: str
+
+    def file(self, folder: Path) -> PieceFile:
+        return PieceFile(folder / PIECES, self.label, self.index, self.name, self.stamp)
+
+
+class PartRecord(Record):
+    """What a part's folder holds; written last, so that a folder with one is complete."""
+
+    number: int
+    of: int
+    inputs: dict[str, Any]
+    recipe: Recipe
+    num_pieces: int
+    """Of all parts together."""
+    pieces: tuple[PartPiece, ...]
+
+
+def part_directory(directory: Path, part: Part) -> Path:
+    """Where a part of the data of `directory` is made, unless another folder is asked for."""
+    return parts_directory(directory) / f"{part.number}-of-{part.of}"
+
+
+def parts_directory(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.parts")
+
+
+def parse_part(text: str) -> Part:
+    """`2/8` is the second of eight parts. UserError for anything else."""
+    number, _, of = text.partition("/")
+    if number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
+        return Part(int(number), int(of))
+    raise UserError(f"--shard: given {text!r}; it says which part of how many, from 1 on; write 1/8 for the first of 8")
+
+
+def prepare_part(
+    spec: Spec,
+    folder: Path,
+    part: Part,
+    *,
+    processes: int | None = None,
+    skip_bad_lines: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> PartRecord:
+    """Make the pieces of one part in `folder`; those that are there are reused. Raises as `prepare` does."""
+    with workplace(folder, {**prepared_fields(spec), "part": [part.number, part.of]}):
+        on_progress(Progress())
+        sources = open_sources(spec, skip_bad_lines=skip_bad_lines)
+        recipe = settle_recipe(spec, folder, skip_bad_lines=skip_bad_lines)
+        pipeline = Pipeline(sources, folder / PIECES, part=part, on_progress=on_progress)
+        with encoder(recipe.encoding(spec, folder), processes or num_cores()) as encode:
+            files = list(pipeline.run(encode))
+        record = PartRecord(
+            number=part.number,
+            of=part.of,
+            inputs=prepared_fields(spec),
+            recipe=recipe,
+            num_pieces=pipeline.num_pieces,
+            pieces=tuple(
+                PartPiece(position=position, label=file.label, index=file.index, name=file.name, stamp=file.stamp)
+                for position, file in zip(range(part.number - 1, pipeline.num_pieces, part.of), files, strict=True)
+            ),
+        )
+        write_durably(folder / PART_FILE, record.model_dump_json(indent=1).encode())
+    return record
+
+
+def merge(spec: Spec, directory: Path | str, folders: Sequence[Path]) -> Manifest:
+    """Join the parts in `folders` into `directory`: the same bytes as one machine would have prepared.
+
+    Raises UserError where a part is missing, unfinished or of another spec. The parts are left as they are.
+    """
+    target = Path(directory)
+    if (target / MANIFEST_FILE).is_file():
+        return reuse(spec, target)
+    parts = {folder: _read_part(folder) for folder in folders}
+    _check_parts(spec, target, parts)
+    refuse_foreign_files(target)
+    staging = target / STAGING
+    recipe = next(iter(parts.values())).recipe
+    pieces = sorted((piece.position, piece.file(folder)) for folder, part in parts.items() for piece in part.pieces)
+    with workplace(staging, {**prepared_fields(spec), "parts": sorted(str(folder.resolve()) for folder in folders)}):
+        if not (staging / MANIFEST_FILE).is_file():
+            shutil.copytree(folders[0] / TOKENIZER_DIRECTORY, staging / TOKENIZER_DIRECTORY, dirs_exist_ok=True)
+            with Joiner(staging / SHARDS, recipe.routing(spec)) as joiner:
+                first = 0 if spec.data.drop_duplicates else len(joiner.joined)
+                join(spec, recipe, staging, (file for _, file in pieces[first:]), joiner, keep=True)
+        finish(staging)
+    return read_manifest(target)
+
+
+def _read_part(folder: Path) -> PartRecord:
+    try:
+        return PartRecord.model_validate_json((folder / PART_FILE).read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder}: no finished part in it ({PART_FILE} is missing); give the dsllm data prepare --shard of that "
+            f"part again: it goes on where it was interrupted"
+        ) from error
+    except ValidationError as error:
+        raise UserError(f"{folder / PART_FILE}: unreadable; delete the folder and prepare the part again") from error
+
+
+def _check_parts(spec: Spec, directory: Path, parts: dict[Path, PartRecord]) -> None:
+    if not parts:
+        raise UserError(
+            f"{parts_directory(directory)}: no parts there; make them with dsllm data prepare --shard 1/8 and so on, "
+            f"or name their folders"
+        )
+    first_folder, first = next(iter(parts.items()))
+    inputs = prepared_fields(spec)
+    for folder, part in parts.items():
+        if changed := [name for name in inputs if inputs[name] != part.inputs.get(name)]:
+            raise UserError(f"{folder}: prepared from a spec with other values of {', '.join(changed)}; set them back")
+        if (part.recipe, part.num_pieces, part.of) != (first.recipe, first.num_pieces, first.of):
+            raise UserError(
+                f"{folder}: does not belong with {first_folder}; their number of parts, tokenizer or text differ; "
+                f"prepare both from the same files with the same --shard …/N"
+            )
+    given = sorted(part.number for part in parts.values())
+    if given != list(range(1, first.of + 1)):
+        missing = [str(number) for number in range(1, first.of + 1) if number not in given]
+        raise UserError(
+            f"{first_folder.parent}: given parts {', '.join(map(str, given))} of {first.of}; each is needed once"
+            + (f"; prepare {', '.join(missing)} too" if missing else "; name no part twice")
+        )
