@@ -34,19 +34,18 @@ def prepare(
     ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--out", help="Folder of the part; `<data folder>.parts/I-of-N` when absent.", show_default=False
-        ),
+        typer.Option("--out", help="Folder of the part; `<data folder>.parts/I-of-N` when absent.", show_default=False),
     ] = None,
     skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Leave out lines of JSON files that cannot be read, and count them.")
+        bool,
+        typer.Option("--skip-bad-lines", help="Leave out lines of JSON files that cannot be read, and count them."),
     ] = False,
 ) -> None:
     """Make the tokenizer and the token shards of a spec; what is already there is reused.
 
     Interrupted at any moment, the same command goes on where it stopped and ends with the same bytes.
     """
-    from dsllm.cli.data_progress import progress_bar
+    from dsllm.cli.data_progress import progress_shown
     from dsllm.cli.data_report import summary
     from dsllm.data.parts import parse_part, part_directory, prepare_part
     from dsllm.data.prepare import default_directory
@@ -59,7 +58,7 @@ def prepare(
     if shard is None:
         if out is not None:
             raise UserError(f"--out: given {out} without --shard; the whole goes to data.directory; use --set for that")
-        with progress_bar() as show:
+        with progress_shown() as show:
             manifest = prepare_data(
                 loaded, directory, processes=processes, skip_bad_lines=skip_bad_lines, on_progress=show
             )
@@ -67,13 +66,13 @@ def prepare(
         return
     part = parse_part(shard)
     folder = out or part_directory(directory, part)
-    with progress_bar() as show:
+    with progress_shown() as show:
         record = prepare_part(
             loaded, folder, part, processes=processes, skip_bad_lines=skip_bad_lines, on_progress=show
         )
     typer.echo(
-        f"{folder}: part {part.number} of {part.of}, {len(record.pieces)} of {record.num_pieces} pieces; once all parts "
-        f"are there, dsllm data merge {spec} joins them"
+        f"{folder}: part {part.number} of {part.of}, {len(record.pieces)} of {record.num_pieces} pieces; "
+        f"once all parts are there, dsllm data merge {spec} joins them"
     )
 
 

@@ -1,4 +1,4 @@
-"""The line that follows a preparation."""
+"""What is seen of a preparation while it goes on."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import typer
+
 from dsllm.units import format_count, format_duration
 
 if TYPE_CHECKING:
     from dsllm.data.pipeline import Progress
 
 
+LINE_INTERVAL_SECONDS = 30.0
+
+
 @contextmanager
-def progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """A bar on stderr: share of the input, MB/s of text, tokens/s, time left."""
+def progress_shown() -> Iterator[Callable[[Progress], None]]:
+    """What a preparation reports, on stderr: a bar on a terminal, a line now and then elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as ProgressBar
 
+    console = Console(stderr=True)
     columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     began: float | None = None
-    with ProgressBar(*columns, console=Console(stderr=True), transient=True) as bar:
+    last_line = time.perf_counter()
+    with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("tokenizer", total=None)
 
         def show(progress: Progress) -> None:
-            nonlocal began
+            nonlocal began, last_line
+            now = time.perf_counter()
             if progress.done_bytes == 0 or began is None:
-                began = time.perf_counter()
-            seconds = time.perf_counter() - began
-            bar.update(
-                task,
-                description=progress_text(progress, seconds),
-                completed=progress.done_bytes,
-                total=progress.total_bytes,
-            )
+                began = now
+            text = progress_text(progress, now - began)
+            bar.update(task, description=text, completed=progress.done_bytes, total=progress.total_bytes)
+            if bar.disable and now - last_line > LINE_INTERVAL_SECONDS:
+                typer.echo(text, err=True)
+                last_line = now
 
         yield show
 

@@ -68,9 +68,7 @@ def _source_facts(directory: Path, manifest: Manifest, source: SourceRecord) -> 
         "documents": source.documents,
         "text_bytes": source.text_bytes,
         "dropped": source.dropped,
-        "splits": {
-            split: {"tokens": len(shards), **_lengths(shards)} for split, shards in streams.items()
-        },
+        "splits": {split: {"tokens": len(shards), **_lengths(shards)} for split, shards in streams.items()},
         "sample": _sample(directory, first),
     }
 
@@ -91,9 +89,10 @@ def _lengths(shards: TokenShards) -> dict[str, int]:
 
 
 def _sample(directory: Path, shards: TokenShards) -> str:
+    from tokenizers import Tokenizer
+
     from dsllm.data.shards import TOKENIZER_DIRECTORY
     from dsllm.data.tokenizer import TOKENIZER_FILE
-    from tokenizers import Tokenizer
 
     tokens = shards.read(0, min(SAMPLE_TOKENS, len(shards)))
     tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_DIRECTORY / TOKENIZER_FILE))
@@ -146,3 +145,38 @@ def _all_dropped(manifest: Manifest) -> dict[str, int]:
 def _dropped_text(dropped: dict[str, int]) -> str:
     """`; dropped 3 duplicate, 1 too short`, or nothing."""
     return "; dropped " + ", ".join(f"{number:,} {reason}" for reason, number in dropped.items()) if dropped else ""
+
+
+def _mix_facts(directory: Path, spec: Spec) -> dict[str, Any]:
+    """What the spec's run takes from each source, and what is to be warned about."""
+    from dataclasses import asdict
+
+    from dsllm.data.mixture import repeated_too_often
+    from dsllm.data.run_samples import open_run_samples
+
+    samples = open_run_samples(directory, spec.data, spec.batch.sequence_length, spec.seed)
+    uses = samples.mixture.uses(spec.train_steps * spec.batch.global_batch_size)
+    return {
+        "sources": [{**asdict(use), "epochs": use.epochs} for use in uses],
+        "warnings": repeated_too_often(uses, spec.data.max_epochs),
+    }
+
+
+def _print_mix(mix: dict[str, Any]) -> None:
+    from dsllm.cli.tables import print_table
+
+    print_table(
+        ["in the run", "share", "samples", "drawn", "epochs"],
+        [
+            (
+                use["label"],
+                f"{use['share']:.1%}",
+                f"{use['samples']:,}",
+                f"{use['draws']:,}",
+                f"{use['epochs']:.2f}",
+            )
+            for use in mix["sources"]
+        ],
+    )
+    for warning in mix["warnings"]:
+        typer.echo(warning)

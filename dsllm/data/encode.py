@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -185,6 +186,7 @@ _worker: _Worker | None = None  # one in each worker process
 def _start_worker(encoding: Encoding) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that has the others ends them
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = _Worker(encoding)
 

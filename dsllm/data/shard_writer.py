@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -130,8 +131,9 @@ class _OpenShard:
         self._index_file.sync()
 
     def close(self) -> None:
-        self._tokens_file.file.close()
-        self._index_file.file.close()
+        # Both, whatever fails: what stayed in a buffer would be written later, behind another writer's bytes.
+        with closing(self._index_file.file), closing(self._tokens_file.file):
+            pass
 
     def finish(self) -> Shard:
         return Shard(

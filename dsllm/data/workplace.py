@@ -33,7 +33,7 @@ def workplace(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
     When the block fails, finished pieces stay for the next attempt; a folder without any is deleted. Raises UserError
     where another process works in it or the disk is full, DsllmError for other faults of the disk.
     """
-    made = [path for path in (folder.parent, folder) if not path.exists()]
+    made = [path for path in folder.parents if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
@@ -52,8 +52,8 @@ def workplace(folder: Path, settings: dict[str, Any]) -> Iterator[None]:
         raise _disk_error(folder, error) from error
     finally:
         with suppress(OSError):  # not empty, which is the usual case
-            if folder.parent in made:
-                folder.parent.rmdir()
+            for path in made:
+                path.rmdir()
 
 
 def has_finished_work(folder: Path) -> bool:
