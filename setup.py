@@ -22,14 +22,18 @@ TRAIN = [
     "numpy>=1.26",
     "safetensors>=0.4.3",
     "protobuf>=4",  # reads sentencepiece's model files
-    "sentencepiece>=0.2",
+    "sentencepiece>=0.2.2",  # ids as arrays
     "tensorboard>=2.16",
     "tokenizers>=0.21",
     "torch>=2.6",
     "transformers>=5.0",
     "wandb>=0.18",
 ]
+DEEPLAKE = [
+    "deeplake>=4.3",  # reads the datasets of Deep Lake 3 too
+]
 DEV = [
+    "deeplake>=4.3; python_version < '3.14'",  # as [deeplake], where it has a release
     "accelerate>=1.1",  # the Hugging Face Trainer of `make bench`
     "hypothesis>=6.100",
     "mypy>=1.11",
@@ -67,7 +71,7 @@ setup(
     packages=find_packages(include=["dsllm", "dsllm.*"]),
     package_data={"dsllm.engine": ["*.cpp"], "dsllm.plan": ["hardware.yaml"], "dsllm.spec": ["presets/*.yaml"]},
     install_requires=LIGHT,
-    extras_require={"train": TRAIN, "dev": DEV},
+    extras_require={"train": TRAIN, "deeplake": DEEPLAKE, "dev": DEV},
     entry_points={"console_scripts": ["dsllm = dsllm.cli.app:main"]},
     classifiers=[
         "Environment :: Console",

@@ -22,6 +22,8 @@ from dsllm.spec.sections import Spec
 
 STEPS = 2
 """The optimizer makes some of its states in the first."""
+DOCUMENT_TOKENS = 50
+"""Of each document, where they are masked; the mask takes as much whatever their length."""
 
 
 def main() -> None:
@@ -52,11 +54,14 @@ def measure(spec: Spec, world: ranks.World) -> dict[str, Any]:
     micro_batch_size = spec.batch.micro_batch_size
     engine = start_engine(spec, build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size))
     shape = (micro_batch_size, spec.batch.sequence_length)
+    documents = {}
+    if spec.data.mask_documents:
+        documents = {"position_ids": torch.arange(shape[1]).remainder(DOCUMENT_TOKENS).repeat(micro_batch_size, 1)}
 
     def micro_batches() -> Iterator[dict[str, torch.Tensor]]:
         while True:
             tokens = torch.randint(spec.vocab_size, shape)
-            yield {"input_ids": tokens, "labels": tokens}
+            yield {"input_ids": tokens, "labels": tokens, **documents}
 
     batches, stop = micro_batches(), guards.StopRequest()
     for _ in range(STEPS):

@@ -59,6 +59,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
         load_checkpoint,
     )
     from dsllm.checkpoint.save import save_checkpoint
+    from dsllm.data.shards import read_manifest
     from dsllm.ds_config import build_ds_config
     from dsllm.engine import evaluation, guards, inputs, memory_report, metrics, ranks, schedule
     from dsllm.engine.allocators import allocator
@@ -108,6 +109,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
         first_step = load_checkpoint(engine, checkpoint) if checkpoint is not None else 0
         micro_batches = inputs.open_training(data, spec, batch, world, first_step)
         validation = inputs.open_validation(data, spec, batch, world)
+        shares = evaluation.mix_shares(spec.data, read_manifest(data))
     ranks.on_rank_0(lambda: describe_run(folder, spec, ds_config, passport))
 
     with metrics.open_recorder(spec, folder, batch, world, first_step, steps, memory) as record:
@@ -124,7 +126,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
                 peak=spec.optimizer.learning_rate,
                 train_steps=steps,
             ),
-            evaluate=lambda: evaluation.validation_loss(engine, validation()),
+            evaluate=functools.partial(evaluation.evaluate, engine, validation, shares),
             save=lambda step: save_checkpoint(engine, folder.checkpoints, step, spec.checkpoint.keep_last),
             record=record,
             check=functools.partial(guards.check_loss, untrained_loss=guards.untrained_loss(model_shape(spec), spec)),

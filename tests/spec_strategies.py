@@ -68,7 +68,11 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
             )
         ),
         "data": {
-            "sources": [{"kind": "text", "path": draw(text), "weight": draw(positive)}, {"kind": "python-stdlib"}],
+            "sources": [
+                {"kind": "text", "path": draw(text), "weight": draw(positive)},
+                {"kind": "python-stdlib", "weight": draw(positive)},
+            ],
+            "mask_documents": draw(st.booleans()),
             "directory": draw(st.none() | text),
         },
         "batch": {

@@ -1,135 +1,228 @@
-"""The loader: every token predicted once an epoch, the same step on any number of ranks, nothing hidden by a thread."""
+"""The loader: the same step on any number of ranks, every sample once an epoch, nothing hidden by a thread."""
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_text import text_spec, write_corpus
+from small_shards import numbered_documents, write_folder
 
-from dsllm.data.loader import (
-    IGNORED_LABEL,
-    MicroBatch,
-    TokenSamples,
-    step_sample_ids,
-    training_micro_batches,
-    validation_micro_batches,
-)
-from dsllm.data.prepare import prepare
-from dsllm.data.shards import TokenShards
+from dsllm.data.loader import MicroBatch, training_micro_batches, validation_micro_batches
+from dsllm.data.mixture import MixedSource, Mixture
+from dsllm.data.order import Integers
+from dsllm.data.run_samples import RunSamples, open_run_samples, open_validation_samples
+from dsllm.data.samples import IGNORED_LABEL, Rows, Samples
 from dsllm.errors import DataError
+from dsllm.spec.sections import Data, TextSource
 
 SEQUENCE_LENGTH = 32
+GLOBAL_BATCH_SIZE = 24
 SEED = 1337
+LENGTHS = {"news": [20, 75, 31, 150] * 12, "books": [11, 300, 64] * 4}
+MIXES = {
+    "one pool": {},
+    "a weighted mix": {"weights": (0.7, 0.3)},
+    "best fit": {"packing": "best_fit", "mask_documents": True},
+    "a weighted mix, best fit": {"weights": (0.7, 0.3), "packing": "best_fit"},
+}
+
+Row = tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("loader")
-    prepare(text_spec(write_corpus(folder / "corpus"), "data.shard_tokens=1500"), folder / "data", processes=1)
-    return folder / "data"
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sources with documents in which no token but end-of-text occurs twice."""
+    path = tmp_path_factory.mktemp("loader")
+    write_folder(
+        path,
+        {
+            "news": {
+                "train": numbered_documents(LENGTHS["news"]),
+                "validation": numbered_documents([50] * 9, first=30_000),
+            },
+            "books": {"train": numbered_documents(LENGTHS["books"], first=10_000)},
+        },
+    )
+    return path
 
 
-@pytest.fixture(scope="module")
-def samples(prepared: Path) -> TokenSamples:
-    return TokenSamples.open(prepared, "train", SEQUENCE_LENGTH)
+def data_section(weights: tuple[float | None, float | None] = (None, None), **fields: object) -> Data:
+    sources = tuple(
+        TextSource(kind="text", path=label, label=label, weight=weight)
+        for label, weight in zip(LENGTHS, weights, strict=True)
+    )
+    return Data(sources=sources, **fields)
 
 
-@pytest.fixture(scope="module")
-def validation(prepared: Path) -> TokenSamples:
-    return TokenSamples.open(prepared, "validation", SEQUENCE_LENGTH)
+def open_mix(folder: Path, mix: str = "one pool") -> RunSamples:
+    return open_run_samples(folder, data_section(**MIXES[mix]), SEQUENCE_LENGTH, SEED)
 
 
-def read_steps(
-    samples: TokenSamples, world_size: int, num_steps: int, start_step: int = 0, micro_batch_size: int = 2
-) -> torch.Tensor:
-    """Input ids of whole steps, rank after rank; (steps, 24, sequence_length)."""
-    micro_batches = 24 // (micro_batch_size * world_size)
+@pytest.fixture(params=MIXES)
+def samples(request: pytest.FixtureRequest, folder: Path) -> RunSamples:
+    return open_mix(folder, request.param)
+
+
+def read_micro_batches(
+    samples: RunSamples, world_size: int, steps: range, micro_batch_size: int = 1
+) -> list[list[MicroBatch]]:
+    """The micro-batches of whole steps, by rank."""
     by_rank = []
     for rank in range(world_size):
         batches = training_micro_batches(
             samples,
-            seed=SEED,
-            start_step=start_step,
-            global_batch_size=24,
+            start_step=steps.start,
+            global_batch_size=GLOBAL_BATCH_SIZE,
             micro_batch_size=micro_batch_size,
             rank=rank,
             world_size=world_size,
         )
-        rows = torch.cat([batch["input_ids"] for batch in islice(batches, num_steps * micro_batches)])
-        by_rank.append(rows.reshape(num_steps, 24 // world_size, -1))
-    return torch.cat(by_rank, dim=1)
+        by_rank.append(list(islice(batches, len(steps) * GLOBAL_BATCH_SIZE // (micro_batch_size * world_size))))
+        batches.close()
+    return by_rank
 
 
-def test_samples_tile_the_stream_and_share_one_token(prepared: Path, samples: TokenSamples) -> None:
-    shards = TokenShards.open(prepared, "train")
-    stream = shards.read(0, len(shards)).astype(np.int64)
-    assert len(shards.manifest.splits["train"].shards) > 3
-    assert len(samples) == (len(stream) - 1) // SEQUENCE_LENGTH
-    for index in range(len(samples)):
-        start = index * SEQUENCE_LENGTH
-        assert samples[index].dtype == np.int64
-        assert samples[index].tolist() == stream[start : start + SEQUENCE_LENGTH + 1].tolist()
+def read_steps(samples: RunSamples, world_size: int, steps: range, micro_batch_size: int = 1) -> torch.Tensor:
+    """Inputs and labels of whole steps, rank after rank; (steps, sequences, 2 x sequence_length)."""
+    rows = [
+        torch.cat([torch.cat([batch["input_ids"], batch["labels"]], dim=1) for batch in batches])
+        for batches in read_micro_batches(samples, world_size, steps, micro_batch_size)
+    ]
+    return torch.cat([own.reshape(len(steps), GLOBAL_BATCH_SIZE // world_size, -1) for own in rows], dim=1)
 
 
-def test_too_few_tokens_for_a_sample_prints_both_numbers(prepared: Path) -> None:
-    tokens = len(TokenShards.open(prepared, "validation"))
-    assert len(TokenSamples.open(prepared, "validation", tokens - 1)) == 1
-    with pytest.raises(
-        DataError, match=rf"the validation split holds {tokens} tokens, and one sample needs {tokens + 1}"
-    ):
-        TokenSamples.open(prepared, "validation", tokens)
+def as_rows(tensor: torch.Tensor) -> list[Row]:
+    return [tuple(row) for row in tensor.flatten(0, 1).tolist()]
 
 
-def test_labels_are_the_tokens_that_follow(samples: TokenSamples) -> None:
-    batches = training_micro_batches(
-        samples, seed=SEED, start_step=3, global_batch_size=8, micro_batch_size=4, rank=0, world_size=1
-    )
-    for row, batch in zip((0, 4), batches, strict=False):
-        ids = step_sample_ids(SEED, len(samples), 3, 8)[row : row + 4]
-        expected = torch.from_numpy(np.stack([samples[index] for index in ids]))
-        assert torch.equal(batch["input_ids"], expected[:, :-1])
-        assert torch.equal(batch["labels"], expected[:, 1:])
-        assert batch["labels"].dtype == torch.int64
+def rows_of(samples: Samples) -> list[Row]:
+    """Inputs and labels of every sample of a source."""
+    rows = samples.read(np.arange(len(samples)))
+    return [tuple(row) for row in np.concatenate([rows.inputs, rows.labels], axis=1).tolist()]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_a_step_holds_the_same_samples_on_any_number_of_ranks(samples: TokenSamples, world_size: int) -> None:
-    assert torch.equal(read_steps(samples, world_size, num_steps=4), read_steps(samples, 1, num_steps=4))
+# --- every sample once ------------------------------------------------------------------------------------------------
 
 
-def test_the_micro_batch_size_changes_no_step(samples: TokenSamples) -> None:
-    one, six = (read_steps(samples, 2, num_steps=3, micro_batch_size=size) for size in (1, 6))
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_a_step_holds_the_same_samples_on_any_number_of_ranks(samples: RunSamples, world_size: int) -> None:
+    steps = range(5, 9)
+    run_samples = np.arange(steps.start * GLOBAL_BATCH_SIZE, steps.stop * GLOBAL_BATCH_SIZE)
+    expected = samples.read(samples.draw(run_samples))
+    read = read_steps(samples, world_size, steps).flatten(0, 1)
+    assert read.tolist() == np.concatenate([expected.inputs, expected.labels], axis=1).tolist()
+
+
+def once_an_epoch(samples: RunSamples, read: list[Row]) -> None:
+    """Asserts that in what was read from the start of a run, each epoch of each pool holds each sample once."""
+    if samples.mixture.sources[0].weight is None:
+        pools = [[row for source in samples.sources for row in rows_of(source)]]
+    else:
+        pools = [rows_of(source) for source in samples.sources]
+    for pool in pools:
+        assert len(set(pool)) == len(pool)
+        own = [row for row in read if row in set(pool)]
+        assert len(own) >= 2 * len(pool)
+        for epoch in range(len(own) // len(pool)):
+            assert Counter(own[epoch * len(pool) : (epoch + 1) * len(pool)]) == Counter(pool)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_sample_is_read_once_an_epoch(samples: RunSamples, world_size: int) -> None:
+    once_an_epoch(samples, as_rows(read_steps(samples, world_size, range(30))))
+
+
+@pytest.mark.parametrize("worlds", [(1, 1), (2, 2), (8, 8), (8, 3), (1, 8), (3, 2)])
+def test_every_sample_is_read_once_an_epoch_across_a_resume(samples: RunSamples, worlds: tuple[int, int]) -> None:
+    before, after = (read_steps(samples, world_size, steps) for world_size, steps in zip(worlds, RESUMED, strict=True))
+    once_an_epoch(samples, as_rows(torch.cat([before, after])))
+
+
+RESUMED = (range(5), range(5, 30))
+"""Five steps are in the middle of an epoch of every pool but the smallest."""
+
+
+def test_the_micro_batch_size_changes_no_step(samples: RunSamples) -> None:
+    one, six = (read_steps(samples, 2, range(3), micro_batch_size=size) for size in (1, 6))
     assert torch.equal(one, six)
 
 
-def test_a_resume_on_other_ranks_goes_on_at_the_next_sample(samples: TokenSamples) -> None:
-    whole = read_steps(samples, 1, num_steps=6)
-    resumed = torch.cat([read_steps(samples, 2, num_steps=2), read_steps(samples, 3, num_steps=4, start_step=2)])
-    assert torch.equal(whole, resumed)
+# --- what a micro-batch holds -----------------------------------------------------------------------------------------
 
 
-def test_every_sample_is_read_once_an_epoch_across_a_resume(samples: TokenSamples) -> None:
-    steps = -(-2 * len(samples) // 24)
-    ids = np.concatenate([step_sample_ids(SEED, len(samples), step, 24) for step in range(steps)])
-    for epoch in range(2):
-        assert sorted(ids[epoch * len(samples) : (epoch + 1) * len(samples)].tolist()) == list(range(len(samples)))
+@pytest.mark.parametrize(
+    ("mix", "names"),
+    [
+        ("one pool", {"input_ids", "labels"}),
+        ("best fit", {"input_ids", "labels", "position_ids", "loss_tokens"}),
+        ("a weighted mix, best fit", {"input_ids", "labels", "loss_tokens"}),
+    ],
+)
+def test_a_micro_batch_holds_what_its_data_needs(folder: Path, mix: str, names: set[str]) -> None:
+    [[batch]] = [batches[:1] for batches in read_micro_batches(open_mix(folder, mix), 1, range(1), micro_batch_size=4)]
+    assert set(batch) == names
+    for name in names - {"loss_tokens"}:
+        assert (batch[name].shape, batch[name].dtype) == ((4, SEQUENCE_LENGTH), torch.int64)
+    if "loss_tokens" in names:
+        assert (batch["loss_tokens"].shape, batch["loss_tokens"].dtype) == ((), torch.float32)
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (1, 24), (2, 3), (3, 4), (8, 1), (8, 3)])
+def test_the_mean_over_micro_batches_and_ranks_is_the_mean_over_counted_tokens(
+    folder: Path, world_size: int, micro_batch_size: int
+) -> None:
+    samples = open_mix(folder, "best fit")
+    by_rank = read_micro_batches(samples, world_size, range(4, 5), micro_batch_size)
+    losses = torch.rand(2**16, dtype=torch.float64)  # of a token, by its id
+
+    def summed(batch: MicroBatch) -> torch.Tensor:
+        counted = batch["labels"] != IGNORED_LABEL
+        return losses[batch["labels"][counted]].sum()
+
+    batches = [batch for own in by_rank for batch in own]
+    mean = torch.stack([summed(batch) / batch["loss_tokens"] for batch in batches]).mean()
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert (labels == IGNORED_LABEL).any()
+    assert mean.item() == pytest.approx(losses[labels[labels != IGNORED_LABEL]].mean().item(), rel=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory is CUDA's")
+def test_micro_batches_are_pinned_for_a_gpu(folder: Path) -> None:
+    batches = training_micro_batches(
+        open_mix(folder, "best fit"),
+        start_step=0,
+        global_batch_size=4,
+        micro_batch_size=2,
+        rank=0,
+        world_size=1,
+        pin=True,
+    )
+    assert all(tensor.is_pinned() for tensor in next(batches).values())
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 @pytest.mark.parametrize("max_sequences", [1, 7, 10**6])
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit"])
 def test_validation_covers_every_sample_once(
-    validation: TokenSamples, world_size: int, micro_batch_size: int, max_sequences: int
+    folder: Path, world_size: int, micro_batch_size: int, max_sequences: int, packing: str
 ) -> None:
+    sets = open_validation_samples(folder, data_section(packing=packing), SEQUENCE_LENGTH)
+    samples = sets.pop("news")
+    assert sets == {}
     by_rank = [
         list(
             validation_micro_batches(
-                validation,
+                samples,
                 max_sequences=max_sequences,
                 micro_batch_size=micro_batch_size,
                 rank=rank,
@@ -139,42 +232,61 @@ def test_validation_covers_every_sample_once(
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in by_rank}) == 1
-    counted = [row for batches in by_rank for batch in batches for row in counted_rows(batch, micro_batch_size)]
-    expected = [tuple(validation[index].tolist()) for index in range(min(max_sequences, len(validation)))]
+    assert all(batch["labels"].shape == (micro_batch_size, SEQUENCE_LENGTH) for own in by_rank for batch in own)
+    labels = torch.cat([batch["labels"] for batches in by_rank for batch in batches]).tolist()
+    counted = [row for row in labels if set(row) != {IGNORED_LABEL}]
+    expected = samples.read(np.arange(min(max_sequences, len(samples)))).labels.tolist()
     assert sorted(counted) == sorted(expected)
 
 
-def counted_rows(batch: MicroBatch, micro_batch_size: int) -> list[tuple[int, ...]]:
-    """Whole samples of the rows that are not padding."""
-    assert batch["input_ids"].shape == batch["labels"].shape == (micro_batch_size, SEQUENCE_LENGTH)
-    rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
-    samples = [(*inputs, labels[-1]) for inputs, labels in rows if set(labels) != {IGNORED_LABEL}]
-    assert all(IGNORED_LABEL not in sample for sample in samples)
-    return samples
+# --- the thread -------------------------------------------------------------------------------------------------------
 
 
-def test_a_fault_while_reading_ahead_reaches_the_reader(samples: TokenSamples) -> None:
-    class Unreadable(TokenSamples):
-        def __getitem__(self, index: int) -> np.ndarray:
+class Recording:
+    """A source of one sample that tells which threads read it, and may fail."""
+
+    sequence_length = SEQUENCE_LENGTH
+    pads = False
+    padding_share = 0.0
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.threads: set[str] = set()
+
+    def __len__(self) -> int:
+        return 1
+
+    def read(self, ids: Integers) -> Rows:
+        self.threads.add(threading.current_thread().name)
+        if self.fails:
             raise DataError("the disk is gone")
+        return Rows(*np.zeros((2, len(ids), SEQUENCE_LENGTH), dtype=np.int64), positions=None)
 
-    batches = training_micro_batches(
-        Unreadable(samples.shards, SEQUENCE_LENGTH),
-        seed=SEED,
-        start_step=0,
-        global_batch_size=2,
-        micro_batch_size=2,
-        rank=0,
-        world_size=1,
-    )
+    def num_labels(self, ids: Integers) -> Integers:
+        return np.full(len(ids), SEQUENCE_LENGTH)
+
+
+def micro_batches_of(source: Recording) -> Iterator[MicroBatch]:
+    samples = RunSamples([source], Mixture([MixedSource("text", 1, None)], SEED))
+    return training_micro_batches(samples, start_step=0, global_batch_size=2, micro_batch_size=2, rank=0, world_size=1)
+
+
+def test_reading_is_off_the_training_thread() -> None:
+    source = Recording()
+    batches = micro_batches_of(source)
+    next(batches)
+    batches.close()
+    assert source.threads
+    assert threading.current_thread().name not in source.threads
+
+
+def test_a_fault_while_reading_ahead_reaches_the_reader() -> None:
     with pytest.raises(DataError, match="the disk is gone"):
-        next(batches)
+        next(micro_batches_of(Recording(fails=True)))
 
 
-def test_closing_the_iterator_ends_its_thread(samples: TokenSamples) -> None:
-    batches = training_micro_batches(
-        samples, seed=SEED, start_step=0, global_batch_size=2, micro_batch_size=2, rank=0, world_size=1
-    )
+def test_closing_the_iterator_ends_its_thread() -> None:
+    batches = micro_batches_of(Recording())
     next(batches)
     assert reading_threads()
     batches.close()

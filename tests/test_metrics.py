@@ -15,7 +15,15 @@ import wandb
 from dsllm.engine import metrics
 from dsllm.engine.allocators import allocator
 from dsllm.engine.memory_meter import MemoryMeter
-from dsllm.engine.metrics import Recorder, jsonl_sink, open_recorder, peak_memory_bytes, tensorboard_sink, wandb_sink
+from dsllm.engine.metrics import (
+    Recorder,
+    jsonl_sink,
+    open_recorder,
+    peak_memory_bytes,
+    scalars,
+    tensorboard_sink,
+    wandb_sink,
+)
 from dsllm.engine.progress import ProgressReport
 from dsllm.engine.ranks import World
 from dsllm.engine.run_folder import RunFolder
@@ -27,7 +35,7 @@ KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_
 TOKENS_PER_STEP = 4096
 
 
-def step_record(step: int, **more: float) -> dict[str, Any]:
+def step_record(step: int, **more: Any) -> dict[str, Any]:
     """What the loop hands over."""
     return {"step": step, "lr": 1e-3, "loss": 7.0 - step / 100, "grad_norm": 1.5, "step_seconds": 0.5, **more}
 
@@ -69,6 +77,12 @@ def test_a_validation_loss_stands_on_the_steps_that_have_one(folder: RunFolder) 
     recorder(step_record(1, val_loss=6.5))
     recorder(step_record(2))
     assert [record.get("val_loss") for record in lines_of(folder)] == [6.5, None]
+
+
+def test_several_validation_losses_stand_together_under_their_labels(folder: RunFolder) -> None:
+    losses = {"news": 4.1, "code": math.nan}
+    jsonl_sink(folder.metrics, 0)(step_record(1, val_loss=4.1, val_losses=losses))
+    assert lines_of(folder)[0]["val_losses"] == {"news": 4.1, "code": None}  # JSON has no numbers that are none
 
 
 def test_utilisation_is_the_share_of_the_peak_and_absent_where_that_is_unknown() -> None:
@@ -145,6 +159,23 @@ def test_tensorboard_gets_a_scalar_for_each_number_and_forgets_what_a_resume_run
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
+def test_tensorboard_draws_a_curve_for_each_validation_set(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tensorboard_sink(tmp_path, 0)(step_record(1, val_loss=4.5, val_losses={"news": 4.0, "code": 5.0}))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert {"val_loss", "val_loss/news", "val_loss/code"} <= set(events.Tags()["scalars"])
+    assert events.Scalars("val_loss/code")[0].value == 5.0
+
+
+def test_dashboards_get_a_number_for_each_validation_set() -> None:
+    assert scalars(step_record(1, val_loss=4.5, val_losses={"news": 4.0, "code": 5.0})) == {
+        **step_record(1, val_loss=4.5),
+        "val_loss/news": 4.0,
+        "val_loss/code": 5.0,
+    }
+
+
 def test_tensorboard_files_lie_in_the_logs_of_the_run(folder: RunFolder) -> None:
     record_steps(load_spec("quickstart"), folder, 0, 1)
     assert list((folder.logs / "tensorboard").glob("events.out.tfevents.*"))
@@ -210,3 +241,12 @@ def test_without_a_terminal_progress_is_a_line_with_loss_rate_and_time_left(capl
     assert first[:3] == ["step 1/10", "loss 6.990", "12.3k tokens/s"]
     assert first[3].endswith("s left")
     assert evaluated[:5] == ["step 3/10", "loss 6.970", "val 6.500", "12.3k tokens/s", "MFU 43.2%"]
+
+
+def test_progress_names_each_validation_set_behind_the_loss_of_all(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    report = ProgressReport(first_step=0, train_steps=10)
+    losses = {"val_loss": 4.56, "val_losses": {"news": 4.1, "code": 5.0}}
+    report({**step_record(1, **losses), "tokens_per_second": 12_345.0})
+    report.close()
+    assert "  val 4.560 (news 4.100, code 5.000)  " in caplog.text

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsllm.data.order import sample_ids
+from dsllm.data.order import sample_ids, source_seed
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -59,3 +59,12 @@ def test_first_positions_are_uniform_over_epochs() -> None:
 def test_the_order_never_changes_between_versions() -> None:
     """A resumed run continues on the next sample only as long as these numbers stay."""
     assert sample_ids(1337, 1000, np.arange(998, 1004)).tolist() == [415, 194, 51, 792, 747, 314]
+    assert source_seed(1337, "news") == 4638219743090548972
+
+
+@given(seed=seeds, labels=st.lists(st.text(max_size=5), min_size=2, max_size=10, unique=True))
+def test_sources_have_seeds_of_their_own(seed: int, labels: list[str]) -> None:
+    found = {source_seed(seed, label) for label in labels} | {source_seed(seed ^ 1, label) for label in labels}
+    assert len(found) == 2 * len(labels)
+    assert all(0 <= one < 2**64 for one in found)
+    assert sample_ids(max(found), 1000, [0]).shape == (1,)

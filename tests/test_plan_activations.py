@@ -91,6 +91,39 @@ def test_fp32_with_grouped_queries_has_no_fused_kernel_on_cuda() -> None:
     assert block_bytes_per_token(run) == block_bytes_per_token(run, "cpu") + more
 
 
+def test_a_mask_is_kept_once_for_all_blocks() -> None:
+    masked = gpt2("data.mask_documents=true")
+    assert (attention_kernel(masked, "cuda"), attention_kernel(masked, "cpu")) == ("efficient", "flash")
+    assert block_bytes_per_token(masked) == BLOCK
+    for name in ("saved_bytes", "first_block_bytes"):
+        assert getattr(activations(masked, 8), name) == getattr(activations(gpt2(), 8), name) + TOKENS * 1024 * 2
+
+
+def test_beside_a_mask_keys_and_values_are_repeated_and_rotary_tables_are_the_sequences_own() -> None:
+    run = workload(load_spec("llama-248m"))
+    masked = replace(run, masks_documents=True)
+    assert (
+        attention_kernel(masked, "cuda") == attention_kernel(replace(masked, precision="fp32"), "cuda") == "efficient"
+    )
+    shape, layers = run.shape, run.shape.num_layers
+    repeated = 2 * 2 * (shape.hidden_size - shape.key_value_size)
+    assert block_bytes_per_token(masked) == block_bytes_per_token(run) + repeated
+    shared = 2 * (1024 + 2 * shape.hidden_size // shape.num_attention_heads)
+    more = activations(masked, 8).saved_bytes - activations(run, 8).saved_bytes
+    assert more == TOKENS * (layers * repeated + shared)
+
+
+def test_heads_that_no_fused_kernel_takes_beside_a_mask_keep_whole_rows() -> None:
+    assert attention_kernel(workload(load_spec("1b", ["data.mask_documents=true"])), "cuda") == "math"
+
+
+def test_plain_attention_keeps_its_mask_only_for_blocks_that_are_computed_again() -> None:
+    eager = gpt2("model.attention=eager")
+    none, full = (replace(eager, activation_checkpointing=kind) for kind in ("none", "full"))
+    assert activations(none, 8).saved_bytes == TOKENS * (12 * block_bytes_per_token(eager) + BOUNDARY)
+    assert activations(full, 8).saved_bytes == TOKENS * (12 * BOUNDARY + BOUNDARY + 2 * 1024)
+
+
 def test_flash_attention_pads_heads_of_50_to_56() -> None:
     run = workload(load_spec("1b"))
     # query, key and value padded, the output padded, and beside it a copy without

@@ -1,24 +1,26 @@
-"""Sources: which documents they give, in which order, and what they say when they cannot."""
+"""Sources of every kind: which documents they keep, and what they say when they cannot be read."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from read_sources import read
 
-from dsllm.data.sources import documents
+from dsllm.data.sources.catalogue import documents, kept_documents, open_source
+from dsllm.data.sources.files import find_files
+from dsllm.data.sources.messages import describe
+from dsllm.data.sources.piece import Document
 from dsllm.errors import DataError
-from dsllm.spec.sections import HuggingFaceSource, PythonStdlibSource, TextSource
+from dsllm.spec.sections import HuggingFaceSource, JsonlSource, ParquetSource, PythonStdlibSource, Source, TextSource
 
 
 def text(path: Path | str) -> TextSource:
     return TextSource(kind="text", path=str(path))
-
-
-def huggingface(name: Path | str, **fields: str) -> HuggingFaceSource:
-    return HuggingFaceSource(kind="huggingface", name=str(name), **fields)
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_the_standard_library_is_read_without_its_tests() -> None:
-    found = {document.identity: document.text for document in documents(PythonStdlibSource(kind="python-stdlib"))}
+    found = dict(read(open_source(PythonStdlibSource(kind="python-stdlib"))))
     assert len(found) > 400
     folders = {folder for identity in found for folder in identity.removeprefix("python-stdlib:").split("/")[:-1]}
     assert not folders & {"test", "tests", "site-packages"}
@@ -55,63 +57,72 @@ def test_a_file_and_a_glob_name_documents_as_the_folder_does(corpus: Path) -> No
     assert [document.identity for document in documents(text(corpus / "**" / "*.py"))] == ["text:deep/c.py"]
 
 
-def test_white_space_and_newlines_are_kept_as_they_are(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"one\r\n\ttwo  \n\n")
-    assert [document.text for document in documents(text(tmp_path / "a.txt"))] == ["one\r\n\ttwo  \n\n"]
+def test_a_moved_folder_gives_the_same_names(corpus: Path, tmp_path: Path) -> None:
+    before = [(piece.name, piece.stamp) for piece in open_source(text(corpus)).pieces(lambda name: None)]
+    corpus.rename(tmp_path / "elsewhere")
+    moved = open_source(text(tmp_path / "elsewhere")).pieces(lambda name: None)
+    assert [(piece.name, piece.stamp) for piece in moved] == before
 
 
-def test_empty_text_source_is_an_error(tmp_path: Path) -> None:
+def test_a_home_folder_is_written_with_a_tilde(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(corpus.parent))
+    assert [file.name for file in find_files(text("~/corpus/*.md"), (".txt",))] == ["a.md"]
+
+
+def test_documents_of_white_space_and_short_ones_are_counted(corpus: Path) -> None:
+    (corpus / "empty.txt").write_text("")
+    (corpus / "white.txt").write_text(" \n\t\n")
+    dropped: Counter[str] = Counter()
+    (piece,) = open_source(text(corpus)).pieces(lambda name: None)
+    assert [document.text for document in kept_documents(piece, 6, dropped)] == ["second"]
+    assert dropped == {"empty": 2, "too short": 2}
+
+
+def test_an_empty_text_source_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("  \n")
-    with pytest.raises(DataError, match=r"text source '.*empty\.txt': there is no text in it; point it to files"):
+    with pytest.raises(DataError, match=r"text source '.*empty\.txt': every document was dropped \(1 empty\)"):
         list(documents(text(tmp_path / "empty.txt")))
 
 
-def test_a_folder_without_text_files_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there is no text in it"):
-        list(documents(text(tmp_path)))
+@pytest.mark.parametrize(
+    "source",
+    [TextSource(kind="text", path="."), JsonlSource(kind="jsonl", path="."), ParquetSource(kind="parquet", path=".")],
+    ids=lambda source: source.kind,
+)
+def test_a_folder_without_files_is_an_error(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=f"{source.kind} source '.': there is no text in it; point it to files"):
+        open_source(source)
 
 
 def test_a_path_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"text source '.*/nowhere': no file, folder or match of that name"):
-        list(documents(text(tmp_path / "nowhere")))
+    for name in ("nowhere", "nowhere/*.txt"):
+        with pytest.raises(DataError, match=r"text source '.*/nowhere.*': no file, folder or match of that name"):
+            open_source(text(tmp_path / name))
 
 
-def test_invalid_utf8_names_the_file_and_the_byte(tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
-    with pytest.raises(DataError, match=r"latin\.txt: byte 3 is not valid UTF-8 .* convert it to UTF-8"):
-        list(documents(text(tmp_path)))
+def test_a_link_to_nothing_names_itself(corpus: Path) -> None:
+    (corpus / "lost.txt").symlink_to(corpus / "gone.txt")
+    with pytest.raises(DataError, match=r"lost\.txt: cannot be read \(No such file or directory\); mend that"):
+        open_source(text(corpus))
 
 
-def test_a_dataset_on_disk_gives_its_rows(tmp_path: Path) -> None:
-    Dataset.from_dict({"text": ["one", "", "two"], "id": [1, 2, 3]}).save_to_disk(tmp_path / "rows")
-    found = list(documents(huggingface(tmp_path / "rows")))
-    assert [(document.identity, document.text) for document in found] == [
-        ("huggingface:rows::train:0", "one"),
-        ("huggingface:rows::train:2", "two"),
-    ]
+def test_sources_are_described_by_what_the_spec_says() -> None:
+    assert describe(PythonStdlibSource(kind="python-stdlib")) == "python-stdlib source"
+    assert describe(HuggingFaceSource(kind="huggingface", name="a/b")) == "huggingface source 'a/b'"
 
 
-def test_a_dataset_of_several_splits_gives_the_one_asked_for(tmp_path: Path) -> None:
-    splits = DatasetDict(train=Dataset.from_dict({"text": ["one"]}), extra=Dataset.from_dict({"text": ["two"]}))
-    splits.save_to_disk(tmp_path / "splits")
-    assert [document.text for document in documents(huggingface(tmp_path / "splits", split="extra"))] == ["two"]
-    with pytest.raises(DataError, match="no split 'missing'; set split to one of train, extra"):
-        list(documents(huggingface(tmp_path / "splits", split="missing")))
+def test_a_document_is_keyed_by_its_text_alone() -> None:
+    assert Document("a", "text").key == Document("b", "text").key != Document("a", "other").key
+    assert len(Document("a", "half a pair \ud800").key) == 16
 
 
-def test_a_missing_column_names_those_that_exist(tmp_path: Path) -> None:
-    Dataset.from_dict({"body": ["one"], "id": [1]}).save_to_disk(tmp_path / "rows")
-    with pytest.raises(DataError, match="no column 'text'; set text_column to one of body, id"):
-        list(documents(huggingface(tmp_path / "rows")))
-
-
-def test_a_column_that_is_not_text_is_an_error(tmp_path: Path) -> None:
-    Dataset.from_dict({"id": [1]}).save_to_disk(tmp_path / "rows")
-    with pytest.raises(DataError, match="row 0 of column 'id' holds int; set text_column to a column of text"):
-        list(documents(huggingface(tmp_path / "rows", text_column="id")))
-
-
-def test_a_hub_name_without_network_is_one_line_with_the_remedy() -> None:
-    with pytest.raises(DataError, match=r"check the name and the network, or set name to a folder") as caught:
-        list(documents(huggingface("nobody/no-such-dataset")))
-    assert "\n" not in str(caught.value)
+def test_plain_text_needs_no_other_library(corpus: Path) -> None:
+    code = (
+        "import sys; from dsllm.data.sources.catalogue import documents; "
+        "from dsllm.spec.sections import TextSource; "
+        f"assert len(list(documents(TextSource(kind='text', path={str(corpus)!r})))) == 3; "
+        "assert not {'numpy', 'pyarrow', 'datasets', 'torch', 'deeplake'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

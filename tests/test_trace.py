@@ -111,6 +111,27 @@ def test_a_trace_holds_what_real_tensors_hold(
     assert found.backward_peak_bytes == pytest.approx(measured.backward_peak_bytes, rel=0.01)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("family", "checkpointing", "dropout", "attention"),
+    [
+        ("gpt2", "none", 0.0, "sdpa"),
+        ("gpt2", "full", 0.1, "sdpa"),
+        ("gpt2", "none", 0.0, "eager"),
+        ("llama", "none", 0.0, "sdpa"),
+        ("llama", "selective", 0.0, "sdpa"),
+    ],
+)
+def test_a_trace_with_documents_masked_holds_what_real_tensors_hold(
+    family: str, checkpointing: str, dropout: float, attention: str, precision: str
+) -> None:
+    spec = tiny_spec(family, checkpointing, "chunked", dropout, precision, attention, "data.mask_documents=true")
+    found, measured = traced(spec, 8, "cpu"), measure(spec, 8)
+    assert found.activations.saved_bytes == pytest.approx(measured.saved_bytes, rel=0.01)
+    assert found.forward_peak_bytes == pytest.approx(measured.forward_peak_bytes, rel=0.01)
+    assert found.backward_peak_bytes == pytest.approx(measured.backward_peak_bytes, rel=0.01)
+
+
 def test_a_ledger_counts_shared_storage_once_and_what_died_no_more() -> None:
     ledger = Ledger("cpu")
     with ledger:
@@ -166,6 +187,27 @@ def test_arithmetic_and_trace_agree_whatever_is_kept(preset: str, checkpointing:
 @pytest.mark.parametrize("overrides", [["model.dropout=0.1"], ["model.attention=eager"], ["training.precision=fp16"]])
 def test_arithmetic_and_trace_agree_on_other_kernels(overrides: list[str], device: Device) -> None:
     assert_agree(load_spec("gpt2-124m", overrides), 2, device)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    ("preset", "overrides"),
+    [
+        ("gpt2-124m", []),
+        ("gpt2-124m", ["training.activation_checkpointing=full"]),
+        ("gpt2-124m", ["model.dropout=0.1", "training.activation_checkpointing=selective"]),
+        ("gpt2-124m", ["model.attention=eager", "training.activation_checkpointing=full"]),
+        ("gpt2-124m", ["batch.sequence_length=1001"]),
+        ("llama-248m", []),
+        ("llama-248m", ["training.activation_checkpointing=full"]),
+        ("llama-248m", ["training.precision=fp32"]),
+        ("quickstart", []),
+    ],
+)
+def test_arithmetic_and_trace_agree_where_documents_are_masked(
+    preset: str, overrides: list[str], device: Device
+) -> None:
+    assert_agree(load_spec(preset, ["data.mask_documents=true", *overrides]), 4, device)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -356,7 +398,9 @@ def traced(spec: Spec, micro_batch_size: int, device: Device) -> Trace:
     return trace(model_config(spec), workload(spec), micro_batch_size, device)
 
 
-def tiny_spec(family: str, checkpointing: str, loss: str, dropout: float, precision: str, attention: str) -> Spec:
+def tiny_spec(
+    family: str, checkpointing: str, loss: str, dropout: float, precision: str, attention: str, *overrides: str
+) -> Spec:
     sizes = "num_layers: 4, hidden_size: 128, num_attention_heads: 4, max_position_embeddings: 256"
     return load_spec(
         "quickstart",
@@ -367,6 +411,7 @@ def tiny_spec(family: str, checkpointing: str, loss: str, dropout: float, precis
             f"training.loss={loss}",
             f"training.precision={precision}",
             f"model.attention={attention}",
+            *overrides,
         ],
     )
 
@@ -404,7 +449,8 @@ def measure(spec: Spec, micro_batch_size: int) -> Measured:
     model.causal_lm.get_output_embeddings().register_forward_pre_hook(on_loss)
     ids = torch.randint(4096, (micro_batch_size, spec.batch.sequence_length))
     counter.reset_peak()
-    loss = model(ids, ids.clone())
+    position_ids = torch.arange(ids.shape[1]).remainder(50).expand_as(ids) if workload(spec).masks_documents else None
+    loss = model(ids, ids.clone(), position_ids)
     forward_peak = counter.read().peak_bytes - before
     counter.reset_peak()
     loss.backward()

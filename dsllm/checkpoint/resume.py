@@ -20,7 +20,20 @@ from dsllm.spec.sections import Spec
 
 logger = logging.getLogger(__name__)
 
-SAME_RUN = ("seed", "model", "tokenizer", "data.sources", "data.validation_fraction", "batch", "training.precision")
+SAME_RUN = (
+    "seed",
+    "model",
+    "tokenizer",
+    "data.sources",
+    "data.validation_sources",
+    "data.validation_fraction",
+    "data.drop_duplicates",
+    "data.min_document_characters",
+    "data.packing",
+    "data.mask_documents",
+    "batch",
+    "training.precision",
+)
 """Fields that a run cannot change half-way: with another value it would be another run."""
 AS_WRITTEN = (
     "zero.stage",

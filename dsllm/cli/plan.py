@@ -181,7 +181,8 @@ def _run(spec: str | None, parameters: str | None, overrides: list[str]) -> tupl
     from dsllm.spec.load import load_spec
 
     loaded = load_spec(spec, overrides)
-    evaluated = loaded.evaluation.batches * (2 + loaded.train_steps / loaded.evaluation.interval)
+    sets = len(loaded.data.sources if loaded.data.validation_fraction else ()) + len(loaded.data.validation_sources)
+    evaluated = sets * loaded.evaluation.batches * (2 + loaded.train_steps / loaded.evaluation.interval)
     return workload(loaded), _kernels(loaded), evaluated, loaded.checkpoint.keep_last
 
 

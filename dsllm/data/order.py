@@ -7,6 +7,7 @@ the range. Any position costs the same, so a resume at step 1,000,000 is as quic
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -30,6 +31,12 @@ def sample_ids(seed: int, num_samples: int, run_samples: npt.ArrayLike) -> Integ
     while (outside := ids >= np.uint64(num_samples)).any():
         ids[outside] = _permute(ids[outside], keys[outside], num_samples)
     return ids.astype(np.int64).reshape(np.shape(run_samples))
+
+
+def source_seed(seed: int, label: str) -> int:
+    """A seed for the order of one source of a mix, in `range(2**64)`: sources of the same size are read in orders that
+    have nothing to do with each other."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {label}".encode(), digest_size=8).digest(), "little")
 
 
 def _permute(values: _Words, keys: _Words, num_samples: int) -> _Words:

@@ -82,7 +82,7 @@ def settle_recipe(spec: Spec, folder: Path, *, skip_bad_lines: bool = False) -> 
     threshold = held_out_threshold(spec, skip_bad_lines=skip_bad_lines)
     directory = folder / TOKENIZER_DIRECTORY
     shutil.rmtree(directory, ignore_errors=True)
-    tokenizer = build_tokenizer(spec, directory, held_out_below=threshold)
+    tokenizer = build_tokenizer(spec, directory, held_out_below=threshold, skip_bad_lines=skip_bad_lines)
     recipe = Recipe(
         threshold=threshold,
         vocab_size=token_count(tokenizer),

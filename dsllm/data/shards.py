@@ -110,6 +110,11 @@ class Manifest(Record):
         return np.dtype(self.dtype).newbyteorder("<")
 
 
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
+    """The smallest type that holds every id of the vocabulary on disk, little-endian on any machine."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
 def read_manifest(directory: Path | str) -> Manifest:
     """The manifest of a prepared folder; DataError where there is none, or one that this version cannot read."""
     path = Path(directory) / MANIFEST_FILE
@@ -184,33 +189,38 @@ class TokenShards:
         self.manifest = manifest
         self.label = label
         self.split = split
-        self._stream = manifest.source(label).streams[split]
-        self._shards = self._stream.shards
+        self.stream = manifest.source(label).streams[split]
+        self._shards = self.stream.shards
         self._ends = list(accumulate(shard.tokens for shard in self._shards))
+        self._starts = [end - shard.tokens for end, shard in zip(self._ends, self._shards, strict=True)]
         self._arrays = [_map(directory / shard.file, manifest.token_dtype(), shard.tokens) for shard in self._shards]
 
     def __len__(self) -> int:
         """Tokens in the stream."""
-        return self._stream.tokens
+        return self.stream.tokens
 
     def read(self, start: int, count: int) -> Tokens:
         """A copy of tokens `[start, start + count)` of the stream, from as many shards as they lie in."""
-        assert 0 <= start <= start + count <= len(self), "tokens outside of the split"
-        pieces = []
-        shard = bisect_right(self._ends, start)
-        while count > 0:
-            offset = start - (self._ends[shard] - self._shards[shard].tokens)
-            piece = self._arrays[shard][offset : offset + count]
-            pieces.append(piece)
-            start, count, shard = start + len(piece), count - len(piece), shard + 1
-        return np.concatenate(pieces)
+        tokens = np.empty(count, self.manifest.token_dtype())
+        self.read_into(tokens, start)
+        return tokens
+
+    def read_into(self, row: npt.NDArray[np.integer[Any]], start: int) -> None:
+        """Fill `row`, of any type that holds the ids, with the tokens of the stream from `start` on."""
+        assert 0 <= start <= start + len(row) <= len(self), "tokens outside of the split"
+        shard, filled = bisect_right(self._ends, start), 0
+        while filled < len(row):
+            offset = start + filled - self._starts[shard]
+            piece = self._arrays[shard][offset : offset + len(row) - filled]
+            row[filled : filled + len(piece)] = piece
+            shard, filled = shard + 1, filled + len(piece)
 
     def document_starts(self) -> npt.NDArray[np.int64]:
         """Position in the stream of the first token of every document, ascending."""
         return np.concatenate(
             [
-                _map(self.directory / shard.index, INDEX_DTYPE, shard.documents) + (end - shard.tokens)
-                for shard, end in zip(self._shards, self._ends, strict=True)
+                _map(self.directory / shard.index, INDEX_DTYPE, shard.documents) + start
+                for shard, start in zip(self._shards, self._starts, strict=True)
             ]
         )
 
@@ -225,4 +235,4 @@ def _map(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
         raise DataError(f"{path}: {size} bytes, but {count * dtype.itemsize} were prepared; {_PREPARE_AGAIN}")
     if count == 0:  # a shard inside one long document: no document starts in it, and nothing cannot be mapped
         return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # a plain array: slices of a memmap cost twice as much

@@ -1,26 +1,19 @@
-"""Text to token ids on one core, in bounded memory. Imports neither torch nor transformers.
-
-Text repeats its words. Where a vocabulary's text can be cut into words that have the same ids alone as in the whole,
-`tokenizers` encodes each word once and its ids are kept: two to six times as fast as to encode every word again, with
-exactly the same ids. Unigram vocabularies are faster yet in sentencepiece itself; all others are encoded by
-`tokenizers` as they are.
-"""
+"""Text to token ids on one core, in bounded memory. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 
 from dsllm.data.shards import token_dtype
-from dsllm.data.words import slices, slices_of_words, word_pattern
 from dsllm.errors import DataError
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
@@ -29,9 +22,12 @@ TOKENIZER_FILE = "tokenizer.json"
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 _SLICE_CHARACTERS = 2**20
-_UNIGRAM_CHARACTERS = 2**14  # sentencepiece adds scores up as floats: so few are exact, see vocabulary.py
-_KEPT_WORDS = 2**17  # about 25 MB
-_KEPT_WORD_CHARACTERS = 64  # longer ones seldom come again
+_SENTENCEPIECE_CHARACTERS = (
+    2**14
+)  # it adds scores up as floats: over so many characters they are exact, see vocabulary.py
+_CUT_WINDOW_CHARACTERS = 2**16
+_SPACE_AFTER_WORD = re.compile(r"(?<=\S) ")
+_WHITE_AFTER_WORD = re.compile(r"(?<=\S)\s")
 
 
 class TokenIds:
@@ -39,12 +35,12 @@ class TokenIds:
     token stays text, so that no document can forge the end of another."""
 
     def __init__(self, tokenizer: Tokenizer, sentencepiece_file: Path | None = None) -> None:
-        """`sentencepiece_file` is the model that the tokenizer is the twin of."""
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True
+        """`sentencepiece_file` is the model that the tokenizer is the twin of: sentencepiece itself is faster."""
         self._dtype = token_dtype(1 + max(tokenizer.get_vocab().values()))
-        self._encode = _fastest(tokenizer, sentencepiece_file, self._dtype)
+        if sentencepiece_file is None:
+            self._most_characters, self._encode = _SLICE_CHARACTERS, _by_tokenizers(tokenizer)
+        else:
+            self._most_characters, self._encode = _SENTENCEPIECE_CHARACTERS, _by_sentencepiece(sentencepiece_file)
 
     @classmethod
     def open(cls, directory: Path | str) -> TokenIds:
@@ -53,15 +49,14 @@ class TokenIds:
         return cls(read_tokenizer(directory), original if original.is_file() else None)
 
     def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text without end-of-text: read-only, uint16 where that holds the vocabulary, else uint32.
+        """The ids of each text without end-of-text, uint16 where that holds the vocabulary, else uint32.
 
-        They are those that `tokenizers` gives, save that a text of more than 2**20 characters is encoded in slices
-        (see `words.slices`), and a lone surrogate, which is no character, is read as U+FFFD.
+        A long text is encoded in slices (see `slices`), and a lone surrogate, which is no character, as U+FFFD.
         """
-        return [
-            np.frombuffer(b"".join(map(self._encode, slices(readable(text), _SLICE_CHARACTERS))), self._dtype)
-            for text in texts
-        ]
+        parts = [list(slices(readable(text), self._most_characters)) for text in texts]
+        ids = [np.asarray(part, self._dtype) for part in self._encode(list(chain.from_iterable(parts)))]
+        bounds = accumulate(map(len, parts), initial=0)
+        return [ids[first] if end - first == 1 else np.concatenate(ids[first:end]) for first, end in pairwise(bounds)]
 
 
 def read_tokenizer(directory: Path | str) -> Tokenizer:
@@ -88,44 +83,34 @@ def readable(text: str) -> str:
     return text
 
 
-def _fastest(tokenizer: Tokenizer, sentencepiece_file: Path | None, dtype: np.dtype[Any]) -> Callable[[str], bytes]:
-    """A function from text to the bytes of its ids."""
-    words = word_pattern(tokenizer)
-    if words is None:
-        return lambda text: _encode_all(tokenizer, [text], dtype)[0]
-    if isinstance(tokenizer.model, models.Unigram) and sentencepiece_file is not None:
-        original = SentencePieceProcessor(model_file=str(sentencepiece_file))
-        return partial(_encode_unigram, original, words, dtype)
-    return _Words(tokenizer, words, dtype).encode
+def slices(text: str, characters: int) -> Iterator[str]:
+    """The text in parts of so many characters at most.
+
+    A part ends before the last space that follows other than white space, where nearly every vocabulary begins a new
+    token, and each of vocabulary.py does; failing that before the last white space that does; failing that, anywhere.
+    """
+    start = 0
+    while len(text) - start > characters:
+        end = start + characters
+        lowest = max(start + 1, end - _CUT_WINDOW_CHARACTERS)
+        end = _last(_SPACE_AFTER_WORD, text, lowest, end) or _last(_WHITE_AFTER_WORD, text, lowest, end) or end
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
-def _encode_all(tokenizer: Tokenizer, texts: list[str], dtype: np.dtype[Any]) -> list[bytes]:
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.array(encoding.ids, dtype).tobytes() for encoding in encodings]
+def _last(pattern: re.Pattern[str], text: str, lowest: int, highest: int) -> int | None:
+    """The last place from `lowest` to `highest` where the pattern, of one character, matches."""
+    return max((match.start() for match in pattern.finditer(text, lowest, highest + 1)), default=None)
 
 
-def _encode_unigram(original: Any, words: re.Pattern[str], dtype: np.dtype[Any], text: str) -> bytes:
-    parts = slices_of_words(text, words, _UNIGRAM_CHARACTERS)
-    return b"".join(original.encode(part, out_type="numpy").astype(dtype).tobytes() for part in parts)
+def _by_tokenizers(tokenizer: Tokenizer) -> Callable[[list[str]], Iterator[list[int]]]:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return lambda texts: (item.ids for item in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
 
-class _Words:
-    """Encodes text word by word, and keeps the ids of words until they are too many."""
-
-    def __init__(self, tokenizer: Tokenizer, words: re.Pattern[str], dtype: np.dtype[Any]) -> None:
-        self._tokenizer = tokenizer
-        self._words = words
-        self._dtype = dtype
-        self._kept: dict[str, bytes] = {}
-
-    def encode(self, text: str) -> bytes:
-        words = self._words.findall(text)
-        if len(self._kept) > _KEPT_WORDS:
-            self._kept.clear()
-        new = list(set(words).difference(self._kept))
-        self._kept.update(zip(new, _encode_all(self._tokenizer, new, self._dtype), strict=True))
-        ids = b"".join(map(self._kept.__getitem__, words))
-        for word in new:
-            if len(word) > _KEPT_WORD_CHARACTERS:
-                del self._kept[word]
-        return ids
+def _by_sentencepiece(file: Path) -> Callable[[list[str]], Iterator[npt.NDArray[np.int32]]]:
+    original: Any = SentencePieceProcessor(model_file=str(file))
+    return lambda texts: (original.encode(text, out_type="numpy") for text in texts)

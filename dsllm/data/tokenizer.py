@@ -5,13 +5,17 @@ transformers takes seconds to import, so the functions that need it do: data tha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
-from dsllm.data.sources import documents
+from dsllm.data.held_out import key_number
+from dsllm.data.sources.catalogue import documents
+from dsllm.data.token_ids import SENTENCEPIECE_FILE, TOKENIZER_FILE, TokenIds, read_tokenizer, readable
 from dsllm.data.vocabulary import END_OF_TEXT, fast_tokenizer, train_bpe, train_sentencepiece
 from dsllm.errors import DataError, UserError
 from dsllm.spec.derived import vocab_size
@@ -20,37 +24,64 @@ from dsllm.spec.sections import BpeTokenizer, PretrainedTokenizer, SentencePiece
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SENTENCEPIECE_FILE = "sentencepiece.model"
-TOKENIZER_FILE = "tokenizer.json"
 
-
-def build_tokenizer(spec: Spec, directory: Path) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    spec: Spec, directory: Path, held_out_below: int = 0, *, skip_bad_lines: bool = False
+) -> PreTrainedTokenizerFast:
     """Train or fetch the spec's tokenizer and save it in `directory`.
 
-    The folder is a plain Hugging Face one; beside it lies `sentencepiece.model` where that was trained. Raises
-    DataError for text or files that give no usable tokenizer, UserError for one that the model cannot hold.
+    The folder is a plain Hugging Face one; beside it lies `sentencepiece.model` where that was trained. Documents whose
+    `key_number` is below `held_out_below` are not trained on, nor are `data.validation_sources`. Raises DataError for
+    text or files that give no usable tokenizer, UserError for one that the model cannot hold.
     """
     directory.mkdir(parents=True, exist_ok=True)
     match spec.tokenizer:
         case PretrainedTokenizer():
-            tokenizer = _fetch(spec.tokenizer)
+            tokenizer = fetch_tokenizer(spec.tokenizer)
+            model_file = _original_of(tokenizer, Path(spec.tokenizer.name).expanduser())
         case SentencePieceTokenizer():
-            texts = training_texts(spec.data.sources, spec.tokenizer.training_bytes)
-            model_file = train_sentencepiece(spec.tokenizer, list(texts))
-            (directory / SENTENCEPIECE_FILE).write_bytes(model_file)
+            texts = _training_texts(spec, spec.tokenizer, held_out_below, skip_bad_lines)
+            model_file = train_sentencepiece(spec.tokenizer, texts)
             tokenizer = _wrap(fast_tokenizer(model_file))
         case BpeTokenizer():
-            texts = training_texts(spec.data.sources, spec.tokenizer.training_bytes)
-            tokenizer = _wrap(train_bpe(spec.tokenizer, texts))
+            texts = _training_texts(spec, spec.tokenizer, held_out_below, skip_bad_lines)
+            model_file, tokenizer = None, _wrap(train_bpe(spec.tokenizer, texts))
     check_vocabulary(spec, token_count(tokenizer))
     tokenizer.save_pretrained(directory)
+    if model_file is not None:
+        (directory / SENTENCEPIECE_FILE).write_bytes(model_file)
+    if isinstance(spec.tokenizer, PretrainedTokenizer):
+        _refuse_forgeries(spec.tokenizer.name, tokenizer, directory)
     return tokenizer
+
+
+def train_tokenizer(spec: Spec, directory: Path, held_out_below: int) -> int:
+    """Train the spec's tokenizer into a folder of its own, which is written whole or not at all; its token count.
+
+    Raises UserError for a spec whose tokenizer exists already, or a folder that holds other files or another tokenizer.
+    """
+    if isinstance(spec.tokenizer, PretrainedTokenizer):
+        raise UserError(
+            f"tokenizer.kind: given pretrained, {spec.tokenizer.name!r}, which is trained already; "
+            f"set tokenizer.kind to sentencepiece or bpe"
+        )
+    held = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    if held and TOKENIZER_FILE not in held:
+        raise UserError(f"{directory}: holds {held[0]}, which is no tokenizer; choose an empty folder with --out")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as folder:
+        made = Path(folder) / "tokenizer"
+        tokenizer = build_tokenizer(spec, made, held_out_below)
+        if not held:
+            os.replace(made, directory)
+        elif (directory / TOKENIZER_FILE).read_bytes() != (made / TOKENIZER_FILE).read_bytes():
+            raise UserError(f"{directory}: holds another tokenizer; delete the folder, or choose another with --out")
+    return token_count(tokenizer)
 
 
 def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
     """The tokenizer that `build_tokenizer` saved; never runs code that a folder brings."""
-    if not (Path(directory) / TOKENIZER_FILE).is_file():
-        raise DataError(f"{directory}: no {TOKENIZER_FILE} in it; prepare the data first (dsllm data prepare)")
+    read_tokenizer(directory)  # says what is wrong in one line
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(directory)
@@ -71,17 +102,37 @@ def check_vocabulary(spec: Spec, num_tokens: int) -> None:
         )
 
 
-def training_texts(sources: Sequence[Source], training_bytes: int) -> Iterator[str]:
-    """Text from the start of every source, `training_bytes` of UTF-8 in all, shared out by weight."""
-    total_weight = sum(source.weight for source in sources)
-    for source in sources:
-        room = int(training_bytes * source.weight / total_weight)
-        for document in documents(source):
-            encoded = document.text.encode("utf-8")[:room]
+def training_texts(
+    sources: Sequence[Source], training_bytes: int, held_out_below: int = 0, *, skip_bad_lines: bool = False
+) -> Iterator[str]:
+    """Text from the start of every source, `training_bytes` of UTF-8 in all, shared out by weight, or equally where no
+    source has one. Documents whose `key_number` is below `held_out_below` are left out."""
+    weights = [1.0 if source.weight is None else source.weight for source in sources]
+    for source, weight in zip(sources, weights, strict=True):
+        room = int(training_bytes * weight / sum(weights))
+        if room == 0:
+            continue  # not even opened: it may be large, or on the Hub
+        for document in documents(source, skip_bad_lines=skip_bad_lines):
+            if key_number(document.key) < held_out_below:
+                continue
+            encoded = readable(document.text).encode("utf-8")[:room]
             yield encoded.decode("utf-8", errors="ignore")  # the cut may fall inside a character
             room -= len(encoded)
             if room <= 0:
                 break
+
+
+def _training_texts(
+    spec: Spec, config: SentencePieceTokenizer | BpeTokenizer, held_out_below: int, skip_bad_lines: bool
+) -> list[str]:
+    sources = spec.data.sources
+    texts = list(training_texts(sources, config.training_bytes, held_out_below, skip_bad_lines=skip_bad_lines))
+    if not texts:
+        raise DataError(
+            f"tokenizer.training_bytes: given {config.training_bytes}; there is no text to train it on; "
+            f"give more text, or hold less of it out"
+        )
+    return texts
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
@@ -97,21 +148,46 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def _fetch(config: PretrainedTokenizer) -> PreTrainedTokenizerFast:
+def _original_of(tokenizer: PreTrainedTokenizerFast, folder: Path) -> bytes | None:
+    """The sentencepiece model of a folder whose tokenizer is the twin that dsllm makes of it, else None."""
+    file = folder / SENTENCEPIECE_FILE
+    if not file.is_file():
+        return None
+    model_file = file.read_bytes()
+    return model_file if fast_tokenizer(model_file).to_str() == tokenizer.backend_tokenizer.to_str() else None
+
+
+def fetch_tokenizer(config: PretrainedTokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer by folder or Hub name. Raises DataError for one that cannot be had or used."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     name = f"tokenizer.name: given {config.name!r}"
+    folder = Path(config.name).expanduser()
+    if config.name.startswith(("/", "./", "../", "~")) and not folder.is_dir():
+        raise DataError(f"{name}; there is no such folder; correct the path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+            str(folder) if folder.is_dir() else config.name,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of many kinds; a damaged tokenizer.json raises a bare Exception
         raise DataError(
             f"{name}; it cannot be loaded ({' '.join(str(error).split())}); check the name and the network, "
-            f"or set it to a folder written by save_pretrained"
+            f"or set it to a local folder that save_pretrained wrote where there is a network"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"{name}; it has no fast version ({TOKENIZER_FILE}); choose a tokenizer that has one")
     if tokenizer.eos_token_id is None:
         raise DataError(f"{name}; it has no end-of-text token (eos_token) to set between documents; choose another")
     return tokenizer
+
+
+def _refuse_forgeries(name: str, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """DataError where plain text that spells end-of-text becomes that token, and could cut a document in two."""
+    (ids,) = TokenIds.open(directory).encode([tokenizer.eos_token])
+    if tokenizer.eos_token_id in ids:
+        raise DataError(
+            f"tokenizer.name: given {name!r}; it reads its end-of-text token {tokenizer.eos_token!r} out of plain "
+            f"text, so that a document could forge the end of another; choose another"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import torch
 
-from dsllm.data.loader import TokenSamples, training_micro_batches, validation_micro_batches
-from dsllm.data.prepare import default_directory, prepare
+from dsllm.data.loader import training_micro_batches, validation_micro_batches
+from dsllm.data.mixture import repeated_too_often
+from dsllm.data.prepare import default_directory, open_sources, prepare
+from dsllm.data.run_samples import RunSamples, open_run_samples, open_validation_samples
 from dsllm.data.shards import MANIFEST_FILE, TOKENIZER_DIRECTORY, verify
 from dsllm.engine import ranks
 from dsllm.engine.run_folder import RunFolder
@@ -23,55 +26,87 @@ logger = logging.getLogger(__name__)
 VERIFIED_TOKENS = 500_000_000
 """Up to so many tokens (1 GB in 16 bits, a second or two) the checksums are checked at each start; above that,
 `dsllm data inspect --verify` does."""
+PREPARED_AT_START_BYTES = 300_000_000
+"""Text that is prepared while the other ranks wait, at most: five minutes for a core that tokenizes 1 MB a second,
+where they wait for thirty."""
 
 MicroBatches = Iterator[dict[str, torch.Tensor]]
 
 
 def ready_data(spec: Spec, folder: RunFolder) -> Path:
-    """The folder of the spec's tokens, prepared by rank 0 where it is missing; the tokenizer goes into the run.
+    """The folder of the spec's tokens, prepared and packed by rank 0 where that is missing; the tokenizer goes into the
+    run.
 
-    Collective. Raises UserError for a dataset to be downloaded: preparing one takes longer than ranks should wait.
+    Collective. Raises UserError for text whose preparation takes longer than ranks should wait.
     """
 
-    def prepare_on_rank_0() -> Path:
+    def ready_on_rank_0() -> Path:
         directory = default_directory(spec)
         if not (directory / MANIFEST_FILE).is_file():
-            if any(source.kind == "huggingface" for source in spec.data.sources):
-                raise UserError(f"{directory}: no prepared tokens there; first run dsllm data prepare with this spec")
+            _refuse_long_preparation(spec, directory)
             logger.info("preparing tokens in %s", directory)
         manifest = prepare(spec, directory)
-        if sum(shard.tokens for split in manifest.splits.values() for shard in split.shards) <= VERIFIED_TOKENS:
+        if manifest.tokens <= VERIFIED_TOKENS:
             verify(directory)
+        # Packs what is to be packed, so that the other ranks find the plans; and reports what is wrong only once.
+        open_run_samples(directory, spec.data, spec.batch.sequence_length, spec.seed)
+        open_validation_samples(directory, spec.data, spec.batch.sequence_length)
         shutil.copytree(directory / TOKENIZER_DIRECTORY, folder.tokenizer, dirs_exist_ok=True)
         return directory
 
-    return ranks.on_rank_0(prepare_on_rank_0)
+    return ranks.on_rank_0(ready_on_rank_0)
 
 
 def open_training(directory: Path, spec: Spec, batch: BatchPlan, world: ranks.World, first_step: int) -> MicroBatches:
-    """This rank's micro-batches from `first_step` on, without end."""
+    """This rank's micro-batches from `first_step` on, without end. Rank 0 logs what the run takes of each source."""
+    samples = open_run_samples(directory, spec.data, batch.sequence_length, spec.seed)
+    if world.rank == 0:
+        _log_uses(samples, spec, batch)
     return training_micro_batches(
-        TokenSamples.open(directory, "train", batch.sequence_length),
-        seed=spec.seed,
+        samples,
         start_step=first_step,
         global_batch_size=batch.global_batch_size,
         micro_batch_size=batch.micro_batch_size,
         rank=world.rank,
         world_size=world.size,
+        pin=ranks.device_type() == "cuda",
     )
 
 
-def open_validation(directory: Path, spec: Spec, batch: BatchPlan, world: ranks.World) -> Callable[[], MicroBatches]:
-    """This rank's share of the validation samples, the same at each call."""
-    samples = TokenSamples.open(directory, "validation", batch.sequence_length)
-
-    def micro_batches() -> MicroBatches:
-        return validation_micro_batches(
+def open_validation(
+    directory: Path, spec: Spec, batch: BatchPlan, world: ranks.World
+) -> dict[str, Callable[[], MicroBatches]]:
+    """For each validation set, by its label, this rank's share of its samples, the same at each call."""
+    return {
+        label: functools.partial(
+            validation_micro_batches,
             samples,
             max_sequences=spec.evaluation.batches * batch.global_batch_size,
             micro_batch_size=batch.micro_batch_size,
             rank=world.rank,
             world_size=world.size,
+            pin=ranks.device_type() == "cuda",
+        )
+        for label, samples in open_validation_samples(directory, spec.data, batch.sequence_length).items()
+    }
+
+
+def _refuse_long_preparation(spec: Spec, directory: Path) -> None:
+    """UserError for text that comes over the network, or is long; DataError for text that is not there."""
+    kinds = [source.kind for source in spec.data.sources + spec.data.validation_sources]
+    remote = next((kind for kind in kinds if kind in ("huggingface", "deeplake")), None)
+    text_bytes = 0 if remote else sum(source.size_bytes or 0 for source in open_sources(spec).values())
+    if remote or text_bytes > PREPARED_AT_START_BYTES:
+        what = f"a {remote} source" if remote else f"{text_bytes / 1e6:,.0f} MB of text"
+        raise UserError(
+            f"{directory}: no prepared tokens there, and with {what} every rank would wait for them; first run "
+            f"dsllm data prepare with this spec"
         )
 
-    return micro_batches
+
+def _log_uses(samples: RunSamples, spec: Spec, batch: BatchPlan) -> None:
+    uses = samples.mixture.uses(spec.train_steps * batch.global_batch_size)
+    for use in uses:
+        logger.info("%s", use.sentence())
+    for warning in repeated_too_often(uses, spec.data.max_epochs):
+        logger.warning("%s", warning)

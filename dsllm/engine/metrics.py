@@ -113,6 +113,12 @@ def peak_flops(spec: Spec, world: ranks.World) -> float | None:
     return gpu.peak_flops * world.size if gpu else None
 
 
+def scalars(record: Record) -> Record:
+    """The record as dashboards draw it, a name for each number: `val_losses: {news: 4.1}` -> `val_loss/news: 4.1`."""
+    by_label = {f"val_loss/{label}": loss for label, loss in record.get("val_losses", {}).items()}
+    return {name: value for name, value in record.items() if name != "val_losses"} | by_label
+
+
 def jsonl_sink(path: Path, resumed_step: int) -> Sink:
     """One JSON object a line. Steps that a resume will run again are taken out first, so that each step stands once."""
     kept = [line for line in _text(path).splitlines(keepends=True) if _step_of(line) <= resumed_step]
@@ -122,8 +128,7 @@ def jsonl_sink(path: Path, resumed_step: int) -> Sink:
 
     def write(record: Record) -> None:
         with path.open("a") as file:
-            # JSON has no infinity: the norm of a skipped step is null.
-            file.write(json.dumps({name: v if math.isfinite(v) else None for name, v in record.items()}) + "\n")
+            file.write(json.dumps(_without_infinities(record)) + "\n")
 
     return write
 
@@ -136,7 +141,7 @@ def tensorboard_sink(folder: Path, resumed_step: int) -> Sink:
     writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def write(record: Record) -> None:
-        for name, value in record.items():
+        for name, value in scalars(record).items():
             if name != "step":
                 writer.add_scalar(name, value, record["step"])
         writer.flush()
@@ -165,7 +170,7 @@ def wandb_sink(logs: Path, run_name: str, settings: Wandb) -> Sink:
 
     def write(record: Record) -> None:
         try:
-            run.log(record)
+            run.log(scalars(record))
         except Exception as error:
             logger.warning("Weights & Biases lost step %d: %s", record["step"], error)
 
@@ -186,6 +191,13 @@ def _wandb_mode(settings: Wandb) -> Any:
         return settings.mode
     has_key = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in _text(Path.home() / ".netrc")
     return "online" if has_key else "offline"
+
+
+def _without_infinities(value: Any) -> Any:
+    """JSON has none: the norm of a skipped step is null."""
+    if isinstance(value, dict):
+        return {name: _without_infinities(child) for name, child in value.items()}
+    return value if math.isfinite(value) else None
 
 
 def _step_of(line: str) -> float:

@@ -60,7 +60,8 @@ def _bar(console: Console) -> Progress:
 def _numbers(record: dict[str, Any]) -> str:
     parts = [f"loss {record['loss']:.3f}"]
     if "val_loss" in record:
-        parts.append(f"val {record['val_loss']:.3f}")
+        by_label = ", ".join(f"{label} {loss:.3f}" for label, loss in record.get("val_losses", {}).items())
+        parts.append(f"val {record['val_loss']:.3f}" + (f" ({by_label})" if by_label else ""))
     parts.append(f"{format_count(record['tokens_per_second'])} tokens/s")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")

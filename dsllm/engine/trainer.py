@@ -25,7 +25,7 @@ def train(
     evaluation_interval: int,
     checkpoint_interval: int,
     learning_rate: Callable[[int], float],
-    evaluate: Callable[[], float],
+    evaluate: Callable[[], Record],
     save: Callable[[int], None],
     record: Callable[[Record], None],
     check: Callable[[int, float], None],
@@ -46,7 +46,7 @@ def train(
         check(done, metrics["loss"])
         guards.check_gradients(done, metrics["grad_norm"], engine.skipped_steps > skipped)
         if done == 1 or done == train_steps or done % evaluation_interval == 0:
-            metrics["val_loss"] = evaluate()
+            metrics |= evaluate()
         record({"step": done, "lr": rate, **metrics})
         if done == train_steps or done % checkpoint_interval == 0 or stop.agreed:
             save(done)
@@ -60,7 +60,7 @@ def train_step(
 ) -> Record:
     """One optimizer update: forward and backward for each micro-batch; DeepSpeed accumulates, reduces, clips, steps.
 
-    Returns the mean loss over all ranks, the gradients' norm before clipping, and the seconds taken.
+    Returns the mean loss over all ranks' counted tokens, the gradients' norm before clipping, and the seconds taken.
     """
     started = time.perf_counter()
     device = ranks.device()

@@ -14,6 +14,7 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers import PreTrainedModel
 
+from dsllm.model.document_mask import document_mask
 from dsllm.plan.activations import CHUNK_LOGITS_BYTES, PRODUCT_BYTES
 from dsllm.plan.workload import LossImplementation
 
@@ -28,13 +29,31 @@ class TrainingModel(nn.Module):
         causal_lm.set_output_embeddings(LossHead(causal_lm.get_output_embeddings(), implementation))
         self.causal_lm = causal_lm
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy in nats a token, fp32.
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        loss_tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Cross-entropy in nats a token, fp32: the sum over the counted labels over `loss_tokens`, a scalar, or over
+        their number where that is absent.
 
-        `input_ids` and `labels` are (sequences, sequence_length); `labels` are already shifted, -100 is left out.
+        `input_ids` and `labels` are (sequences, sequence_length); `labels` are already shifted, -100 is left out. With
+        `position_ids`, of the same shape, attention stays within a document: see document_mask.py.
         """
-        hidden = self.causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.causal_lm.get_output_embeddings()(hidden, labels)
+        hidden = self._hidden_states(input_ids, position_ids)
+        return self.causal_lm.get_output_embeddings()(hidden, labels, loss_tokens)
+
+    def _hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Of the last block, normalised. In a function of its own, so that a mask which no kernel keeps for backward is
+        gone before the loss."""
+        documents = {}
+        if position_ids is not None:
+            mask = document_mask(position_ids, self.causal_lm.dtype)
+            documents = {"position_ids": position_ids, "attention_mask": mask}
+        hidden: torch.Tensor = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **documents)[0]
+        return hidden
 
 
 class LossHead(nn.Module):
@@ -50,23 +69,29 @@ class LossHead(nn.Module):
         self.weight = projection.weight
         self.implementation = implementation
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """`hidden` is (sequences, sequence_length, hidden_size), `labels` (sequences, sequence_length)."""
+    def forward(
+        self, hidden: torch.Tensor, labels: torch.Tensor, loss_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`hidden` is (sequences, sequence_length, hidden_size), `labels` (sequences, sequence_length); `loss_tokens`
+        is what the sum of the loss is divided by, the number of counted labels when absent."""
+        cross_entropy = {"plain": _plain_cross_entropy, "fused": _fused_cross_entropy, "chunked": chunked_cross_entropy}
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
-        if self.implementation == "plain":
-            return functional.cross_entropy(functional.linear(hidden, self.weight).float(), labels)
-        if self.implementation == "fused":
-            return _fused_cross_entropy(hidden, self.weight, labels)
-        return chunked_cross_entropy(hidden, self.weight, labels)
+        if loss_tokens is None:
+            # Of a micro-batch without a single one the loss is 0, and so are its gradients.
+            loss_tokens = (labels != IGNORED_LABEL).sum().clamp(min=1)
+        return cross_entropy[self.implementation](hidden, self.weight, labels, loss_tokens)
 
 
-def chunked_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of `hidden @ weight.T` against `labels`, equal to the plain one.
+def chunked_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_tokens: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of `hidden @ weight.T` against `labels`, its sum divided by `loss_tokens`; equal to the plain one.
 
-    `hidden` is (tokens, hidden_size), `weight` (vocabulary, hidden_size), `labels` (tokens,) with -100 left out.
+    `hidden` is (tokens, hidden_size), `weight` (vocabulary, hidden_size), `labels` (tokens,) with -100 left out, and
+    `loss_tokens` a scalar.
     """
     wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, wants_gradients)
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, loss_tokens, wants_gradients)
     return loss
 
 
@@ -77,18 +102,31 @@ def fused_loss_is_installed() -> bool:
     return find_spec("liger_kernel") is not None
 
 
-def _fused_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _plain_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_tokens: torch.Tensor
+) -> torch.Tensor:
+    logits = functional.linear(hidden, weight).float()
+    return functional.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum") / loss_tokens
+
+
+def _fused_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_tokens: torch.Tensor
+) -> torch.Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED_LABEL, accum_dtype=torch.float32)(
-        weight, hidden, labels
-    )
+    summed = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED_LABEL, reduction="sum", accum_dtype=torch.float32)
+    return summed(weight, hidden, labels) / loss_tokens
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, wants_gradients: bool
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        loss_tokens: torch.Tensor,
+        wants_gradients: bool,
     ) -> torch.Tensor:
         counted = labels != IGNORED_LABEL
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -104,20 +142,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 hidden_gradient[piece] if wants_gradients else None,
                 weight_gradient,
             )
-        num_counted = counted.sum().clamp(min=1)
         if wants_gradients:
             # Held until backward has passed: in bf16 half the bytes do. fp16 has not the range for a sum over tokens.
             held_dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
-            ctx.save_for_backward(hidden_gradient, weight_gradient.to(held_dtype), num_counted)
+            ctx.save_for_backward(hidden_gradient, weight_gradient.to(held_dtype), loss_tokens)
             ctx.weight_dtype = weight.dtype
-        return total / num_counted
+        return total / loss_tokens
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_gradient, weight_gradient, num_counted = ctx.saved_tensors
-        scale = loss_gradient / num_counted
+        hidden_gradient, weight_gradient, loss_tokens = ctx.saved_tensors
+        scale = loss_gradient / loss_tokens
         hidden_gradient = (hidden_gradient * scale).to(hidden_gradient.dtype)
-        return hidden_gradient, (weight_gradient * scale).to(ctx.weight_dtype), None, None
+        return hidden_gradient, (weight_gradient * scale).to(ctx.weight_dtype), None, None, None
 
 
 def _piece_loss(

@@ -97,9 +97,9 @@ class Trace:
 def trace(config: PretrainedConfig, run: Workload, micro_batch_size: int, device: Device) -> Trace:
     """Run the model of `config` once, forward and backward, on tensors that take no memory.
 
-    Of `run` it takes precision, sequence length, checkpointing, attention and loss; dropout is the config's. Bytes are
-    those of `device`: on "cuda", of an Ampere GPU or a later one, in multiples of 512. Raises UserError for a model
-    that cannot run so.
+    Of `run` it takes precision, sequence length, checkpointing, attention, the masking of documents and loss; dropout
+    is the config's. Bytes are those of `device`: on "cuda", of an Ampere GPU or a later one, in multiples of 512.
+    Raises UserError for a model that cannot run so.
     """
     if run.loss == "fused":
         raise UserError("training.loss: given fused, whose kernels cannot be traced; trace with chunked or plain")
@@ -184,7 +184,7 @@ def _trace(config: PretrainedConfig, run: Workload, micro_batch_size: int, devic
         with ledger, cuda_kernels() if device == "cuda" else contextlib.nullcontext():
             states = ledger.add([*model.parameters(), *model.buffers()])
             ledger.add([ids])
-            loss = model(ids, torch.zeros_like(ids))
+            loss = model(ids, torch.zeros_like(ids), torch.zeros_like(ids) if run.masks_documents else None)
             moments["backward"] = ledger.moment()
             loss.backward()
             moments["end"] = ledger.moment()

@@ -13,6 +13,7 @@ from dsllm.plan.attention import (
     STATISTIC_BYTES,
     attention_bytes_per_token,
     attention_peak_bytes_per_token,
+    shared_bytes_per_token,
 )
 from dsllm.plan.model_shape import ModelShape
 from dsllm.plan.workload import CHECKPOINTED_BLOCKS, Device, Workload
@@ -63,14 +64,15 @@ def activations(run: Workload, micro_batch_size: int, device: Device = "cuda") -
     kept_of_last = block
     if every is not None and (run.shape.num_layers - 1) % every == 0:
         kept_of_last = 0 if makes_copy else boundary
+    shared = shared_bytes_per_token(run, device)
     loss_forward, loss_backward = _loss_bytes(run, tokens, device)
     return Activations(
-        saved_bytes=tokens * (kept + final_norm + _dropout_masks(run, device) // 2),  # the embedding's mask
+        saved_bytes=tokens * (kept + final_norm + shared + _dropout_masks(run, device) // 2),  # the embedding's mask
         loss_forward_bytes=loss_forward,
         loss_backward_bytes=loss_backward,
         # the final norm is done by then
         block_backward_bytes=tokens * (at_once - kept_of_last - final_norm),
-        first_block_bytes=tokens * (at_once + input_beside),
+        first_block_bytes=tokens * (at_once + input_beside + shared),
     )
 
 

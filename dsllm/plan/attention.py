@@ -17,6 +17,10 @@ FLASH_WIDTH_MULTIPLE = 8
 
 FLASH_LARGEST_WIDTH = 256
 
+MASK_ROW_MULTIPLE = 8
+"""Elements to which CUDA's memory-efficient kernel wants the rows of a mask aligned; else it would copy the mask in
+every block (preprocess_mask, aten/src/ATen/native/transformers/attention.cpp)."""
+
 
 def attention_kernel(run: Workload, device: Device) -> Kernel:
     """What `scaled_dot_product_attention` comes to, for GPUs from Ampere on.
@@ -28,19 +32,21 @@ def attention_kernel(run: Workload, device: Device) -> Kernel:
     if device == "cpu":
         return "math" if run.dropout else "flash"
     width = _head_width(run)
-    if run.element_bytes == 2 and width <= FLASH_LARGEST_WIDTH:
+    if run.element_bytes == 2 and width <= FLASH_LARGEST_WIDTH and not run.masks_documents:
         return "flash"
-    has_groups = run.shape.num_key_value_heads < run.shape.num_attention_heads
+    # beside a mask, transformers repeats keys and values for every query head itself (use_gqa_in_sdpa)
+    has_groups = run.shape.num_key_value_heads < run.shape.num_attention_heads and not run.masks_documents
     return "math" if has_groups or width % (16 // run.element_bytes) else "efficient"
 
 
 def attention_bytes_per_token(run: Workload, device: Device) -> int:
-    """What attention keeps of a token beside query, key, value and output."""
+    """What attention keeps of a token beside query, key, value and output; the mask is counted elsewhere."""
     kernel, shape, element = attention_kernel(run, device), run.shape, run.element_bytes
     if kernel == "flash" and device == "cuda":
         return STATISTIC_BYTES * shape.num_attention_heads + _padding_bytes_per_token(run)
     if kernel in ("flash", "efficient"):
-        return STATISTIC_BYTES * shape.num_attention_heads
+        repeated = 2 * (shape.hidden_size - shape.key_value_size) * element if run.masks_documents else 0
+        return STATISTIC_BYTES * shape.num_attention_heads + repeated
     rows = shape.num_attention_heads * run.sequence_length
     if kernel == "eager":
         # the softmax; dropout's mask and product
@@ -60,6 +66,21 @@ def attention_peak_bytes_per_token(run: Workload, device: Device) -> int:
     if kernel == "math":
         return (4 if run.dropout else 3) * rows * 4 + (3 * element + 4 * 5) * run.shape.hidden_size
     return 0
+
+
+def shared_bytes_per_token(run: Workload, device: Device) -> int:
+    """What all blocks share of a token and keep for backward: its row of the mask (model/document_mask.py; without
+    documents to mask, plain attention has transformers' causal one), and where its document places it for rotary
+    positions, which are otherwise the same in all sequences.
+
+    Fused kernels keep the mask, and so does a block that is computed again.
+    """
+    kernel = attention_kernel(run, device)
+    has_mask = run.masks_documents or kernel == "eager"
+    is_kept = kernel in ("flash", "efficient") or run.num_checkpointed > 0
+    mask = round_up(run.sequence_length, MASK_ROW_MULTIPLE) if has_mask and is_kept else 0
+    rotary = 2 * _head_width(run) if run.masks_documents and run.shape.family == "llama" else 0
+    return run.element_bytes * (mask + rotary)
 
 
 def _padding_bytes_per_token(run: Workload) -> int:

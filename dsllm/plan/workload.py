@@ -74,6 +74,8 @@ class Workload:
     loss: LossImplementation = "chunked"
     attention: Literal["sdpa", "eager"] = "sdpa"
     dropout: float = 0.0
+    masks_documents: bool = False
+    """Whether attention stays within a document, which takes a mask."""
     zero: ZeroSettings = ZeroSettings()
 
     @property
@@ -153,5 +155,6 @@ def workload(spec: Spec, loss: LossImplementation | None = None) -> Workload:
         loss=loss or implementation,
         attention=spec.model.attention,
         dropout=spec.model.dropout,
+        masks_documents=spec.data.mask_documents,
         zero=ZeroSettings(**spec.zero.model_dump(exclude={"nvme_path"})),
     )

@@ -34,7 +34,8 @@ def train_reference(
     """Takes one AdamW step for each global batch, in place on `model` (a transformers causal LM).
 
     A batch is `(input_ids, labels)`, both (global_batch_size, sequence_length) of int64; `labels[:, i]` is the token
-    that follows `input_ids[:, i]`. `learning_rate(step)` counts steps from 0. A clipping norm of 0 clips nothing.
+    that follows `input_ids[:, i]`, or -100, which does not count. `learning_rate(step)` counts steps from 0. A clipping
+    norm of 0 clips nothing.
     """
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, weight_decay), lr=learning_rate(0), betas=betas, eps=epsilon, fused=False
@@ -59,11 +60,11 @@ def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]
 
 def _accumulate_gradients(model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, size: int) -> float:
     """Adds the gradient of the global batch's mean loss, a micro-batch of `size` sequences at a time."""
-    micro_batches = list(zip(input_ids.split(size), labels.split(size), strict=True))
+    counted = int((labels != -100).sum())
     total = 0.0
-    for micro_input_ids, micro_labels in micro_batches:
+    for micro_input_ids, micro_labels in zip(input_ids.split(size), labels.split(size), strict=True):
         logits = model(input_ids=micro_input_ids).logits
-        loss = cross_entropy(logits.float().flatten(0, 1), micro_labels.flatten()) / len(micro_batches)
+        loss = cross_entropy(logits.float().flatten(0, 1), micro_labels.flatten(), reduction="sum") / counted
         loss.backward()
         total += loss.item()
     return total

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,9 @@ from tests.distributed.reference import ReferenceRun, train_reference
 GLOBAL_BATCH_SIZE = 8
 SEQUENCE_LENGTH = 32
 PEAK_LEARNING_RATE = 3e-3
+
+PACKED_ROWS = [[32], [10, 20], [1, 1, 30], [], [5], [31], [16, 16], [7, 8, 9]]
+"""Lengths of the documents that are packed into each sequence; the rest is padding, and the fourth has nothing else."""
 
 FAMILIES = {
     "gpt2": ["model={family: gpt2, num_layers: 2, hidden_size: 64, num_attention_heads: 4}"],
@@ -47,6 +52,51 @@ def global_batches(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(ids[step % 4, :, :-1].contiguous(), ids[step % 4, :, 1:].contiguous()) for step in range(steps)]
 
 
+def documents_alone(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The documents of PACKED_ROWS for each step, one in each row from position 0 on; what follows does not count."""
+    batches = []
+    for inputs, labels in global_batches(steps):
+        rows = []
+        for row, lengths in enumerate(PACKED_ROWS):
+            for start, end in _segments(lengths):
+                padding = (0, SEQUENCE_LENGTH - (end - start))
+                document, targets = inputs[row, start:end], labels[row, start:end]
+                rows.append(
+                    (torch.nn.functional.pad(document, padding), torch.nn.functional.pad(targets, padding, value=-100))
+                )
+        batches.append((torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])))
+    return batches
+
+
+def packed_batches(steps: int) -> list[dict[str, torch.Tensor]]:
+    """The same documents, packed: input ids, labels and position ids, (8, 32) each."""
+    batches = []
+    for inputs, labels in global_batches(steps):
+        labels, position_ids = labels.clone(), torch.zeros_like(inputs)
+        for row, lengths in enumerate(PACKED_ROWS):
+            for start, end in _segments([*lengths, SEQUENCE_LENGTH - sum(lengths)]):
+                position_ids[row, start:end] = torch.arange(end - start)
+            labels[row, sum(lengths) :] = -100
+        batches.append({"input_ids": inputs, "labels": labels, "position_ids": position_ids})
+    return batches
+
+
+def own_packed_micro_batches(steps: int, rank: int, world_size: int, size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's slice of each packed global batch, `size` sequences at a time."""
+    share = GLOBAL_BATCH_SIZE // world_size
+    for batch in packed_batches(steps):
+        loss_tokens = (batch["labels"] != -100).sum() / (GLOBAL_BATCH_SIZE // size)
+        for first in range(rank * share, (rank + 1) * share, size):
+            rows = {name: tensor[first : first + size] for name, tensor in batch.items()}
+            yield {**rows, "loss_tokens": loss_tokens}
+
+
+def _segments(lengths: list[int]) -> list[tuple[int, int]]:
+    """Where documents of these lengths start and end, one behind the other."""
+    ends = list(itertools.accumulate(lengths))
+    return list(zip([0, *ends], ends, strict=False))
+
+
 def warm_up(step: int) -> float:
     """Learning rate of a step."""
     return PEAK_LEARNING_RATE * min(1.0, (step + 1) / 5)
@@ -65,10 +115,12 @@ def run_cases(cases: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
     return [run_case(steps=steps, **case) for case in cases]
 
 
-def run_case(family: str, stage: int, accumulation: int, steps: int, overrides: list[str]) -> dict[str, Any]:
+def run_case(
+    family: str, stage: int, accumulation: int, steps: int, overrides: list[str], is_packed: bool = False
+) -> dict[str, Any]:
     """One case on this rank."""
     from dsllm.ds_config import build_ds_config
-    from dsllm.engine import guards, ranks
+    from dsllm.engine import evaluation, guards, ranks
     from dsllm.engine.memory_meter import MemoryMeter
     from dsllm.engine.start import start_engine
     from dsllm.engine.trainer import set_learning_rate, train_step
@@ -78,7 +130,10 @@ def run_case(family: str, stage: int, accumulation: int, steps: int, overrides: 
     spec = small_spec(family, stage, *overrides, f"batch.micro_batch_size={size}")
     engine = start_engine(spec, build_ds_config(spec, world.size, "cpu"))
     digest = weights_digest(engine.module)
-    micro_batches = own_micro_batches(steps, world.rank, world.size, size)
+    read = own_packed_micro_batches if is_packed else own_micro_batches
+    micro_batches = read(steps, world.rank, world.size, size)
+    first_step = functools.partial(read, 1, world.rank, world.size, size)
+    validation = evaluation.evaluate(engine, {"news": first_step, "code": first_step}, {"news": 1.0})
     losses, norms, stop, memory = [], [], guards.StopRequest(), MemoryMeter(None)
     for step in range(steps):
         set_learning_rate(engine, warm_up(step))
@@ -86,11 +141,11 @@ def run_case(family: str, stage: int, accumulation: int, steps: int, overrides: 
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
     engine.destroy()
-    return {"losses": losses, "norms": norms, "digest": digest}
+    return {"losses": losses, "norms": norms, "digest": digest, "validation": validation}
 
 
-def reference_run(family: str, steps: int, overrides: tuple[str, ...] = ()) -> ReferenceRun:
-    """The same training as a plain PyTorch loop, in this process."""
+def reference_run(family: str, steps: int, overrides: tuple[str, ...] = (), is_packed: bool = False) -> ReferenceRun:
+    """The same training as a plain PyTorch loop, in this process; of packed documents each one by itself."""
     from dsllm.model.build import build_model, model_config
     from dsllm.model.initialize import initialize_weights
 
@@ -99,7 +154,7 @@ def reference_run(family: str, steps: int, overrides: tuple[str, ...] = ()) -> R
     initialize_weights(model, spec.seed)
     return train_reference(
         model,
-        global_batches(steps),
+        documents_alone(steps) if is_packed else global_batches(steps),
         learning_rate=warm_up,
         betas=spec.optimizer.betas,
         epsilon=spec.optimizer.epsilon,

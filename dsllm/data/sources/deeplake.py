@@ -44,8 +44,8 @@ def _open(address: str, described: str) -> Any:
             return deeplake.query(f'SELECT * FROM "{address}"')
         except Exception:
             raise DataError(
-                f"{described}: cannot be opened ({one_line(error)}); correct the path, mend the network or log in "
-                f"(ACTIVELOOP_TOKEN)"
+                f"{described}: cannot be opened ({one_line(error)}); correct the path, mend the network, or log in "
+                f"(ACTIVELOOP_TOKEN); what Deep Lake 3 wrote and this one cannot read, deeplake.convert rewrites"
             ) from error
 
 

@@ -90,10 +90,11 @@ class ByteStream:
             size -= len(block)
         return b"".join(blocks)
 
-    def skip_to(self, position: int) -> None:
-        """Pass over the bytes before `position`."""
-        while self.position < position and self._read(min(position - self.position, _BLOCK_BYTES)):
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Bytes `[start, stop)`; those before are passed over, and cannot be read any more."""
+        while self.position < start and self._read(min(start - self.position, _BLOCK_BYTES)):
             pass
+        return self.read(stop - start)
 
     def blocks(self) -> Iterator[bytes]:
         """All that follows."""

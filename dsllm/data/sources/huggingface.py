@@ -58,9 +58,12 @@ def _saved_split(source: HuggingFaceSource, folder: Path) -> Dataset:
             raise DataError(f"{describe(source)}: no split {source.split!r}; set split to one of {', '.join(splits)}")
         folder = folder / source.split
     try:
-        return load_from_disk(folder)
+        saved = load_from_disk(folder)
     except IndexError as error:  # without rows there is no file, and the library expects one
         raise no_text(source, Dropped()) from error
+    if not saved.num_rows:
+        raise no_text(source, Dropped())
+    return saved
 
 
 def _files_stamp(dataset: Dataset) -> str:

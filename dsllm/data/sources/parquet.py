@@ -17,7 +17,7 @@ from dsllm.data.sources.spans import FileSource, Span
 from dsllm.errors import DataError
 from dsllm.spec.sections import ParquetSource
 
-_CUTTABLE_PIECES = 16
+_CUTTABLE_PIECES = 4
 """Pieces up to which a row group is shared out: rows inside of one are only reached by decoding those before them."""
 _BUFFER_BYTES = 2**20
 
@@ -125,9 +125,9 @@ class ParquetReader:
 
 @lru_cache(maxsize=2)
 def _open(file: FoundFile) -> pq.ParquetFile:
-    """The file, kept open for the next span of it."""
+    """The file, kept open for the next span of it. Read page by page: a row group may be larger than the memory."""
     with _named(file):
-        return pq.ParquetFile(file.path, buffer_size=_BUFFER_BYTES)
+        return pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
 
 
 @contextmanager

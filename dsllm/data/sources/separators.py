@@ -1,100 +1,143 @@
-"""Long text to documents and their parts, block by block, in memory that grows with neither."""
+"""Long text to stretches of whole documents and parts of long ones, in memory that grows with neither."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import pairwise
 
 from dsllm.data.sources.piece import KEY_BYTES
+from dsllm.data.sources.spans import Part
 
+_BLOCK_BYTES = 2**20
 _WINDOW_BYTES = 2**16
 """How far before the end of a part a good place to cut is looked for."""
 _WHITE_SPACE = b" \t\r\n\v\f"
 
+Line = tuple[int, int]
+"""Where a separator line begins, and where the line behind it does."""
+
 
 @dataclass(frozen=True)
-class Extent:
-    """Where a document lies, in bytes from the start of its text, and where it is cut in parts."""
+class Stretch:
+    """Bytes `[start, stop)` of a text: neighbouring documents, with the separator lines between them, or one part."""
 
-    cuts: tuple[int, ...]
-    """Its start, and the end of each part."""
-    key: bytes
-
-
-def extents(blocks: Iterable[bytes], separator: bytes | None, part_bytes: int) -> Iterator[Extent]:
-    """The documents of a text that arrives in blocks. Parts hold `part_bytes` at most, but no character is cut."""
-    document: _Growing | None = None
-    for start, content, ends in separated(blocks, separator):
-        document = document or _Growing(start, part_bytes)
-        document.add(content)
-        if ends:
-            if document.end > document.start or separator is None:
-                yield document.extent()
-            document = None
+    start: int
+    stop: int
+    part: Part | None = None
 
 
-def separated(blocks: Iterable[bytes], separator: bytes | None) -> Iterator[tuple[int, bytes, bool]]:
-    """What stands between the separator lines of a text: where, some bytes, and whether a document ends behind them.
+def stretches(blocks: Iterable[bytes], separator: bytes | None, stretch_bytes: int) -> Iterator[Stretch]:
+    """A text that arrives in blocks, in stretches of `stretch_bytes` at most, though no character is cut.
 
-    A line is the separator with nothing but its newline (or carriage return and newline) behind it.
+    Where there is no separator, the text is one document, be it empty.
     """
-    start, pending, before = 0, b"", b"\n"
-    for block in chain(filter(None, blocks), [b""]):
-        is_last = not block
-        pending += block
-        begin = 0
-        for line, end in _separator_lines(pending, before, separator, is_last):
-            yield start + begin, pending[begin:line], True
-            begin = end
-        # Behind this, a separator line may have begun whose end is still to come.
-        settled = len(pending) if is_last or separator is None else max(begin, len(pending) - len(separator) - 1)
-        yield start + begin, pending[begin:settled], is_last
-        before = pending[settled - 1 : settled] or before
-        start, pending = start + settled, pending[settled:]
+    ahead = _Ahead(blocks)
+    settled_bytes = stretch_bytes + len(separator or b"") + 2  # a line that begins before this one ends is whole
+    while True:
+        ahead.fill(settled_bytes)
+        if ahead.is_last and len(ahead.text) <= stretch_bytes:
+            if ahead.text or (separator is None and ahead.start == 0):
+                yield Stretch(ahead.start, ahead.start + len(ahead.text))
+            return
+        if separator and (line := _last_separator_line(ahead.text, separator, stretch_bytes)):
+            if line[0]:
+                yield Stretch(ahead.start, ahead.start + line[0])
+            ahead.drop(line[1])
+        else:
+            yield from _parts(ahead, separator, stretch_bytes)
 
 
 def whole_documents(text: bytes, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """The documents of a text that is all there, with the place of each; nothing between two separators is none."""
+    """The documents between the separator lines of a text, and where each begins; no bytes are no document."""
     begin = 0
-    for line, end in [*_separator_lines(text, b"\n", separator, True), (len(text), len(text))]:
-        if line > begin:
-            yield begin, text[begin:line]
-        begin = end
+    while line := _separator_line(text, separator, begin):
+        if line[0] > begin:
+            yield begin, text[begin : line[0]]
+        begin = line[1]
+    if begin < len(text):
+        yield begin, text[begin:]
 
 
-def _separator_lines(text: bytes, before: bytes, separator: bytes | None, is_last: bool) -> Iterator[tuple[int, int]]:
-    """Begin and end of every separator line in the text; `before` is the byte that stands before it.
-
-    Unless the text is the last, a line at its end is left out where the next bytes may still change what it is.
-    """
-    at = 0 if separator else -1
-    while separator and (at := text.find(separator, at)) >= 0:
-        end = at + len(separator)
-        if end + 2 > len(text) and not is_last:
-            return
-        newline = _newline_bytes(text[end : end + 2])
-        if (text[at - 1 : at] if at else before) == b"\n" and newline is not None:
-            yield at, end + newline
-            at = end + newline
-        else:
-            at += 1
+def _parts(ahead: _Ahead, separator: bytes | None, part_bytes: int) -> Iterator[Stretch]:
+    """The parts of the document that begins here. It is read to its end first, for its key."""
+    document = _LongDocument(ahead.start, part_bytes)
+    search = 0
+    while not (line := _separator_line(ahead.text, separator, search) if separator else None) and not ahead.is_last:
+        # What stays may be the beginning of a separator line, and the newline before it.
+        stays = len(separator) + 3 if separator else 0
+        document.add(ahead.text[:-stays] if stays else ahead.text)
+        ahead.drop(len(ahead.text) - stays)
+        ahead.fill(_BLOCK_BYTES)
+        search = 1
+    document.add(ahead.text[: line[0]] if line else ahead.text)
+    ahead.drop(line[1] if line else len(ahead.text))
+    yield from document.parts()
 
 
-def _newline_bytes(following: bytes) -> int | None:
-    """Bytes of the newline that ends a line here, none of them at the end of the text; None where the line goes on."""
+def _separator_line(text: bytes, separator: bytes, search: int) -> Line | None:
+    """The first separator line from a place on: the separator with nothing but a newline, or carriage return and
+    newline, behind it."""
+    while (at := text.find(separator, search)) >= 0:
+        if line := _line_at(text, separator, at):
+            return line
+        search = at + 1
+    return None
+
+
+def _last_separator_line(text: bytes, separator: bytes, limit: int) -> Line | None:
+    """The last one that begins at `limit` or before."""
+    end = limit + len(separator)
+    while (at := text.rfind(separator, 0, end)) >= 0:
+        if line := _line_at(text, separator, at):
+            return line
+        end = at + len(separator) - 1
+    return None
+
+
+def _line_at(text: bytes, separator: bytes, at: int) -> Line | None:
+    """The separator line at that place, if it is one."""
+    end = at + len(separator)
+    following = text[end : end + 2]
+    if at and text[at - 1 : at] != b"\n":
+        return None
     if following[:1] == b"\n":
-        return 1
-    return len(following) if following in (b"\r\n", b"\r", b"") else None
+        return at, end + 1
+    return (at, end + len(following)) if following in (b"\r\n", b"\r", b"") else None
 
 
-class _Growing:
+class _Ahead:
+    """The next bytes of a text that arrives in blocks."""
+
+    def __init__(self, blocks: Iterable[bytes]) -> None:
+        self.start = 0
+        self.text = b""
+        self.is_last = False
+        """Whether nothing follows."""
+        self._blocks = iter(blocks)
+
+    def fill(self, size: int) -> None:
+        """Hold at least so many bytes, or all that there are."""
+        arrived = [self.text]
+        missing = size - len(self.text)
+        while missing > 0 and not self.is_last:
+            block = next(self._blocks, None)
+            self.is_last = block is None
+            arrived.append(block or b"")
+            missing -= len(block or b"")
+        self.text = b"".join(arrived)
+
+    def drop(self, size: int) -> None:
+        self.start += size
+        self.text = self.text[size:]
+
+
+class _LongDocument:
     """A document whose bytes arrive one block after the other."""
 
     def __init__(self, start: int, part_bytes: int) -> None:
-        self.start = start
-        self.end = start
+        self._end = start
         self._cuts = [start]
         self._part_bytes = part_bytes
         self._recent = b""
@@ -102,21 +145,24 @@ class _Growing:
 
     def add(self, content: bytes) -> None:
         self._hash.update(content)
-        self.end += len(content)
+        self._end += len(content)
         self._recent += content
-        while self.end - self._cuts[-1] > self._part_bytes and (cut := self._next_cut()) is not None:
+        while self._end - self._cuts[-1] > self._part_bytes and (cut := self._next_cut()) is not None:
             self._cuts.append(cut)
         self._recent = self._recent[-2 * _WINDOW_BYTES :]
 
-    def extent(self) -> Extent:
-        return Extent((*self._cuts, self.end), self._hash.digest())
+    def parts(self) -> Iterator[Stretch]:
+        """All of it; nothing may be added any more."""
+        first, key = self._cuts[0], self._hash.digest()
+        for start, stop in pairwise([*self._cuts, self._end]):
+            yield Stretch(start, stop, Part(start == first, stop == self._end, first, key))
 
     def _next_cut(self) -> int | None:
         """Just before a newline behind a word, where tokens end too; else between two characters.
 
         None where the bytes that tell are still to come.
         """
-        last, base = self._cuts[-1], self.end - len(self._recent)
+        last, base = self._cuts[-1], self._end - len(self._recent)
         wanted = last + self._part_bytes
         lowest = max(last, wanted - _WINDOW_BYTES)
         search = wanted + 1
@@ -125,9 +171,8 @@ class _Growing:
                 return base + newline
             search = base + newline
         # A character has at most three bytes behind its first. Whatever is no UTF-8 is refused when it is read.
-        nearby = [*range(wanted, max(wanted - 4, last), -1), *range(wanted + 1, wanted + 4)]
-        for cut in nearby:
-            if cut >= self.end:
+        for cut in (*range(wanted, max(wanted - 4, last), -1), *range(wanted + 1, wanted + 4)):
+            if cut >= self._end:
                 return None
             if not _is_inside_character(self._recent[cut - base]):
                 return cut

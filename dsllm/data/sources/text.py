@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsllm.data.sources.files import ByteStream, FoundFile, describe_files, find_files, opened, read_range
+from dsllm.data.sources.files import FoundFile, describe_files, find_files, opened, read_range
 from dsllm.data.sources.piece import PIECE_BYTES, Document, Dropped, OpenSource
-from dsllm.data.sources.separators import Extent, extents, whole_documents
-from dsllm.data.sources.spans import FileSource, Part, Span
+from dsllm.data.sources.separators import stretches, whole_documents
+from dsllm.data.sources.spans import FileSource, Span
 from dsllm.errors import DataError
 from dsllm.spec.sections import PythonStdlibSource, TextSource
 
@@ -51,12 +51,12 @@ class TextReader:
             return
         # Compressed, a file is read twice at once: ahead, to find where its documents end, and again to carry them.
         with opened(file) as ahead, opened(file) as stream:
-            found = extents(ahead.blocks(), self.separator, self.piece_bytes)
             done_bytes = 0
-            for start, stop, part in _stretches(found, self.piece_bytes):
-                carried = _read_on(stream, start, stop) if file.codec else None
-                read_bytes = stream.stored_bytes if file.codec else stop
-                yield Span(file, start, stop, stop - start, read_bytes - done_bytes, carried, part)
+            for found in stretches(ahead.blocks(), self.separator, self.piece_bytes):
+                carried = stream.read_range(found.start, found.stop) if file.codec else None
+                read_bytes = stream.stored_bytes if file.codec else found.stop
+                text_bytes, size_bytes = found.stop - found.start, read_bytes - done_bytes
+                yield Span(file, found.start, found.stop, text_bytes, size_bytes, carried, found.part)
                 done_bytes = read_bytes
 
     def documents(self, span: Span, dropped: Dropped) -> Iterator[Document]:
@@ -76,31 +76,6 @@ class TextReader:
 
     def _identity(self, file: FoundFile, start: int) -> str:
         return f"{self.kind}:{file.name}:{start}" if self.separator else f"{self.kind}:{file.name}"
-
-
-def _stretches(found: Iterable[Extent], piece_bytes: int) -> Iterator[tuple[int, int, Part | None]]:
-    """Neighbouring documents together, up to a piece; every part of a long one by itself."""
-    start, stop = 0, None
-    for extent in found:
-        begin, *ends = extent.cuts
-        if len(ends) == 1 and stop is not None and ends[0] - start <= piece_bytes:
-            stop = ends[0]
-            continue
-        if stop is not None:
-            yield start, stop, None
-        if len(ends) == 1:
-            start, stop = begin, ends[0]
-            continue
-        stop = None
-        for part_start, part_stop in zip(extent.cuts, ends, strict=False):
-            yield part_start, part_stop, Part(part_start == begin, part_stop == ends[-1], begin, extent.key)
-    if stop is not None:
-        yield start, stop, None
-
-
-def _read_on(stream: ByteStream, start: int, stop: int) -> bytes:
-    stream.skip_to(start)
-    return stream.read(stop - start)
 
 
 def _decoded(content: bytes, file: FoundFile, start: int) -> str:
