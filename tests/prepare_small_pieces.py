@@ -9,7 +9,7 @@ import sys
 
 from small_text import text_spec
 
-from dsllm.data import join
+from dsllm.data.preparation import join
 from dsllm.data.prepare import prepare
 from dsllm.data.sources import text
 

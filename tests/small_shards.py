@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsllm.data.shard_writer import ShardWriter
+from dsllm.data.preparation.shard_writer import ShardWriter
 from dsllm.data.shards import (
     TOKENIZER_DIRECTORY,
     Manifest,

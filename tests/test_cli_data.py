@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dsllm.cli.data import app
 from dsllm.cli.data_progress import progress_text
-from dsllm.data.pipeline import Progress
+from dsllm.data.preparation.pipeline import Progress
 from dsllm.errors import DataError, UserError
 from dsllm.spec.load import dump_spec
 

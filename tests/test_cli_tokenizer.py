@@ -16,7 +16,7 @@ from dsllm.cli.tokenizer import app
 from dsllm.data import compression
 from dsllm.data.compression import held_out_texts, measure_compression
 from dsllm.data.held_out import key_number
-from dsllm.data.recipe import held_out_threshold, settle_recipe
+from dsllm.data.preparation.recipe import held_out_threshold, settle_recipe
 from dsllm.data.shards import TOKENIZER_DIRECTORY
 from dsllm.data.sources.catalogue import documents
 from dsllm.data.token_ids import TOKENIZER_FILE

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_join import piece_of
 
-from dsllm.data import duplicates
-from dsllm.data.duplicates import Copies
-from dsllm.data.piece_store import save_piece
+from dsllm.data.preparation import duplicates
+from dsllm.data.preparation.duplicates import Copies
+from dsllm.data.preparation.piece_store import save_piece
 
 
 @given(st.lists(st.lists(st.sampled_from("abcdefghijklmnop"), max_size=6), max_size=6), st.integers(1, 40))

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsllm.data import join
-from dsllm.data.duplicates import Copies
 from dsllm.data.held_out import are_held_out
-from dsllm.data.join import Joiner, Routing
-from dsllm.data.piece_store import BadPieceError, EncodedPiece, PieceFile, load_piece, save_piece
+from dsllm.data.preparation import join
+from dsllm.data.preparation.duplicates import Copies
+from dsllm.data.preparation.join import Joiner, Routing
+from dsllm.data.preparation.piece_store import BadPieceError, EncodedPiece, PieceFile, load_piece, save_piece
 from dsllm.data.shards import SourceRecord
 from dsllm.data.sources.piece import text_key
 

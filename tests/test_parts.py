@@ -9,8 +9,8 @@ import pytest
 from small_text import text_spec, write_corpus
 from test_prepare import contents
 
-from dsllm.data.parts import merge, parse_part, part_directory, prepare_part
-from dsllm.data.pipeline import Part
+from dsllm.data.preparation.parts import merge, parse_part, part_directory, prepare_part
+from dsllm.data.preparation.pipeline import Part
 from dsllm.data.prepare import prepare
 from dsllm.data.sources import text
 from dsllm.errors import DsllmError, UserError

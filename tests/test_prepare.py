@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from small_text import text_spec, write_corpus
 
-from dsllm.data import encode, join
-from dsllm.data.encode import Task, encoder
-from dsllm.data.pipeline import Progress
+from dsllm.data.preparation import encode, join
+from dsllm.data.preparation.encode import Task, encoder
+from dsllm.data.preparation.pipeline import Progress
+from dsllm.data.preparation.recipe import Recipe
 from dsllm.data.prepare import default_directory, prepare
-from dsllm.data.recipe import Recipe
 from dsllm.data.shards import Split, TokenShards, read_manifest
 from dsllm.data.sources import text
 from dsllm.data.tokenizer import load_tokenizer

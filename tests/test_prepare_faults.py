@@ -14,7 +14,7 @@ import pytest
 from small_text import text_spec, write_corpus
 from test_prepare import contents
 
-from dsllm.data import join
+from dsllm.data.preparation import join
 from dsllm.data.prepare import prepare
 from dsllm.data.sources import text
 from dsllm.errors import UserError

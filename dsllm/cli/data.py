@@ -47,7 +47,7 @@ def prepare(
     """
     from dsllm.cli.data_progress import progress_shown
     from dsllm.cli.data_report import summary
-    from dsllm.data.parts import parse_part, part_directory, prepare_part
+    from dsllm.data.preparation.parts import parse_part, part_directory, prepare_part
     from dsllm.data.prepare import default_directory
     from dsllm.data.prepare import prepare as prepare_data
     from dsllm.errors import UserError
@@ -94,8 +94,8 @@ def merge(
     The parts are left as they are; delete them afterwards.
     """
     from dsllm.cli.data_report import summary
-    from dsllm.data.parts import merge as merge_parts
-    from dsllm.data.parts import parts_directory
+    from dsllm.data.preparation.parts import merge as merge_parts
+    from dsllm.data.preparation.parts import parts_directory
     from dsllm.data.prepare import default_directory
     from dsllm.spec.load import load_spec
 

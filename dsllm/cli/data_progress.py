@@ -12,7 +12,7 @@ import typer
 from dsllm.units import format_count, format_duration
 
 if TYPE_CHECKING:
-    from dsllm.data.pipeline import Progress
+    from dsllm.data.preparation.pipeline import Progress
 
 
 LINE_INTERVAL_SECONDS = 30.0

@@ -41,7 +41,7 @@ def train(
     """
     _need_train_extra("tokenizer train")
     from dsllm.data.compression import held_out_texts, measure_compression
-    from dsllm.data.recipe import held_out_threshold
+    from dsllm.data.preparation.recipe import held_out_threshold
     from dsllm.data.tokenizer import train_tokenizer
     from dsllm.spec.load import load_spec
 
@@ -80,7 +80,7 @@ def report(
     """Compare tokenizers on the same text: what a spec holds out of its sources, and its validation sources."""
     _need_train_extra("tokenizer report")
     from dsllm.data.compression import held_out_texts
-    from dsllm.data.recipe import held_out_threshold
+    from dsllm.data.preparation.recipe import held_out_threshold
     from dsllm.spec.load import load_spec
 
     loaded = load_spec(spec, overrides or ())

@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from dsllm.data.duplicates import Copies
-from dsllm.data.encode import encoder
-from dsllm.data.join import Joiner
-from dsllm.data.piece_store import PieceFile
-from dsllm.data.pipeline import InputChangedError, Pipeline, Progress
-from dsllm.data.recipe import Recipe, labelled_sources, prepared_fields, settle_recipe
+from dsllm.data.preparation.duplicates import Copies
+from dsllm.data.preparation.encode import encoder
+from dsllm.data.preparation.join import Joiner
+from dsllm.data.preparation.piece_store import PieceFile
+from dsllm.data.preparation.pipeline import InputChangedError, Pipeline, Progress
+from dsllm.data.preparation.recipe import Recipe, labelled_sources, prepared_fields, settle_recipe
+from dsllm.data.preparation.workplace import PIECES, STAGING, move_up, refuse_foreign_files, start_over, workplace
 from dsllm.data.shards import (
     MANIFEST_FILE,
     TOKENIZER_DIRECTORY,
@@ -27,7 +28,6 @@ from dsllm.data.sources.catalogue import open_source
 from dsllm.data.sources.messages import describe, no_text
 from dsllm.data.sources.piece import Dropped, OpenSource
 from dsllm.data.tokenizer import check_vocabulary
-from dsllm.data.workplace import PIECES, STAGING, move_up, refuse_foreign_files, start_over, workplace
 from dsllm.errors import DataError, UserError
 from dsllm.spec.sections import Spec
 

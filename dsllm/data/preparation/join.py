@@ -21,8 +21,8 @@ import numpy.typing as npt
 from pydantic import Field
 
 from dsllm.data.held_out import are_held_out
-from dsllm.data.piece_store import EncodedPiece, PieceFile, load_piece
-from dsllm.data.shard_writer import ShardWriter, WrittenSoFar
+from dsllm.data.preparation.piece_store import EncodedPiece, PieceFile, load_piece
+from dsllm.data.preparation.shard_writer import ShardWriter, WrittenSoFar
 from dsllm.data.shards import Record, SourceRecord, Split, Tokens, token_dtype, write_durably
 from dsllm.data.sources.piece import State
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dsllm.data.encode import Done, Encode, Task
-from dsllm.data.join import JoinedPiece
-from dsllm.data.piece_store import PieceFile, load_states
+from dsllm.data.preparation.encode import Done, Encode, Task
+from dsllm.data.preparation.join import JoinedPiece
+from dsllm.data.preparation.piece_store import PieceFile, load_states
 from dsllm.data.sources.piece import OpenSource, Recall, State
 
 

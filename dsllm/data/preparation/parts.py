@@ -9,14 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsllm.data.encode import encoder
-from dsllm.data.join import Joiner
-from dsllm.data.piece_store import PieceFile
-from dsllm.data.pipeline import Part, Pipeline, Progress
+from dsllm.data.preparation.encode import encoder
+from dsllm.data.preparation.join import Joiner
+from dsllm.data.preparation.piece_store import PieceFile
+from dsllm.data.preparation.pipeline import Part, Pipeline, Progress
+from dsllm.data.preparation.recipe import Recipe, prepared_fields, settle_recipe
+from dsllm.data.preparation.workplace import PART_FILE, PIECES, STAGING, refuse_foreign_files, workplace
 from dsllm.data.prepare import SHARDS, finish, join, num_cores, open_sources, reuse
-from dsllm.data.recipe import Recipe, prepared_fields, settle_recipe
 from dsllm.data.shards import MANIFEST_FILE, TOKENIZER_DIRECTORY, Manifest, Record, read_manifest, write_durably
-from dsllm.data.workplace import PART_FILE, PIECES, STAGING, refuse_foreign_files, workplace
 from dsllm.errors import UserError
 from dsllm.spec.sections import Spec
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsllm.data.piece_store import EncodedPiece, save_piece
+from dsllm.data.preparation.piece_store import EncodedPiece, save_piece
 from dsllm.data.shards import token_dtype
 from dsllm.data.sources.catalogue import kept_documents
 from dsllm.data.sources.piece import KEY_BYTES, Document, Dropped, Piece

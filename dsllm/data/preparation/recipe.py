@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dsllm.data.encode import Encoding
 from dsllm.data.held_out import validation_threshold
-from dsllm.data.join import Routing
+from dsllm.data.preparation.encode import Encoding
+from dsllm.data.preparation.join import Routing
 from dsllm.data.shards import TOKENIZER_DIRECTORY, Record, file_sha256, write_durably
 from dsllm.data.sources.catalogue import kept_documents, open_source
 from dsllm.data.sources.piece import Dropped

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dsllm.data.piece_store import BadPieceError, remove_temporaries
+from dsllm.data.preparation.piece_store import BadPieceError, remove_temporaries
 from dsllm.data.shards import MANIFEST_FILE, write_durably
 from dsllm.errors import DsllmError, UserError
 

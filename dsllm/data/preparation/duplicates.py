@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dsllm.data.piece_store import load_keys
+from dsllm.data.preparation.piece_store import load_keys
 
 _KEYS_AT_ONCE = 2**23
 """Keys that are sorted together: about 400 MB with what sorting needs."""
