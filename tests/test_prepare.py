@@ -385,11 +385,12 @@ def test_a_worker_that_dies_is_one_line(corpus: Path, tmp_path: Path) -> None:
         tokenizer_sha256=manifest.tokenizer_sha256,
     )
     encoding = recipe.encoding(text_spec(corpus), tmp_path / "data")
+    tasks = [Task(Deadly(), tmp_path / "piece")] * encode._PIECES_WORTH_PROCESSES
     with (
         pytest.raises(DsllmError, match="a tokenizing process died, most likely for lack of memory; try --processes"),
-        encoder(encoding, processes=2) as encode_pieces,
+        encoder(processes=2, much=False) as encode_pieces,
     ):
-        list(encode_pieces(Task(Deadly(), tmp_path / "piece") for _ in range(encode._PIECES_WORTH_PROCESSES)))
+        list(encode_pieces(encoding, tasks))
 
 
 def test_progress_counts_up_to_the_whole(corpus: Path, tmp_path: Path) -> None:

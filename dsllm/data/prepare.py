@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dsllm.data.preparation.duplicates import Copies
-from dsllm.data.preparation.encode import encoder
+from dsllm.data.preparation.encode import encoder, is_much
 from dsllm.data.preparation.join import Joiner
 from dsllm.data.preparation.piece_store import PieceFile
-from dsllm.data.preparation.pipeline import InputChangedError, Pipeline, Progress
+from dsllm.data.preparation.pipeline import InputChangedError, Pipeline, Progress, size_of
 from dsllm.data.preparation.recipe import Recipe, labelled_sources, prepared_fields, settle_recipe
 from dsllm.data.preparation.workplace import PIECES, STAGING, move_up, refuse_foreign_files, start_over, workplace
 from dsllm.data.shards import (
@@ -109,15 +109,13 @@ def _write_shards(spec: Spec, staging: Path, processes: int, skip_bad_lines: boo
     """All that the manifest names, and the manifest, in the staging folder."""
     report(Progress())
     sources = open_sources(spec, skip_bad_lines=skip_bad_lines)
-    recipe = settle_recipe(spec, staging, skip_bad_lines=skip_bad_lines)
-    with (
-        encoder(recipe.encoding(spec, staging), processes) as encode,
-        Joiner(staging / SHARDS, recipe.routing(spec)) as joiner,
-    ):
-        # Copies are found among all documents, so that no piece is joined before the last one is there.
-        joined = () if spec.data.drop_duplicates else joiner.joined
-        pipeline = Pipeline(sources, staging / PIECES, joined=joined, on_progress=report)
-        join(spec, recipe, staging, pipeline.run(encode), joiner)
+    with encoder(processes, much=is_much(size_of(sources))) as encode:
+        recipe = settle_recipe(spec, staging, skip_bad_lines=skip_bad_lines)
+        with Joiner(staging / SHARDS, recipe.routing(spec)) as joiner:
+            # Copies are found among all documents, so that no piece is joined before the last one is there.
+            joined = () if spec.data.drop_duplicates else joiner.joined
+            pipeline = Pipeline(sources, staging / PIECES, joined=joined, on_progress=report)
+            join(spec, recipe, staging, pipeline.run(encode, recipe.encoding(spec, staging)), joiner)
 
 
 def join(

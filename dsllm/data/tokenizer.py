@@ -5,11 +5,13 @@ transformers takes seconds to import, so the functions that need it do: data tha
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -23,6 +25,8 @@ from dsllm.spec.sections import BpeTokenizer, PretrainedTokenizer, SentencePiece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_GENERAL_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")  # two names of one class
 
 
 def build_tokenizer(
@@ -47,7 +51,7 @@ def build_tokenizer(
             texts = _training_texts(spec, spec.tokenizer, held_out_below, skip_bad_lines)
             model_file, tokenizer = None, _wrap(train_bpe(spec.tokenizer, texts))
     check_vocabulary(spec, token_count(tokenizer))
-    tokenizer.save_pretrained(directory)
+    _save(tokenizer, directory)
     if model_file is not None:
         (directory / SENTENCEPIECE_FILE).write_bytes(model_file)
     if isinstance(spec.tokenizer, PretrainedTokenizer):
@@ -148,6 +152,16 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+def _save(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Raises OSError where the disk is full or fails, for which `tokenizers` has only a bare Exception."""
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(directory)) from error
+        raise
+
+
 def _original_of(tokenizer: PreTrainedTokenizerFast, folder: Path) -> bytes | None:
     """The sentencepiece model of a folder whose tokenizer is the twin that dsllm makes of it, else None."""
     file = folder / SENTENCEPIECE_FILE
@@ -159,14 +173,14 @@ def _original_of(tokenizer: PreTrainedTokenizerFast, folder: Path) -> bytes | No
 
 def fetch_tokenizer(config: PretrainedTokenizer) -> PreTrainedTokenizerFast:
     """A tokenizer by folder or Hub name. Raises DataError for one that cannot be had or used."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     name = f"tokenizer.name: given {config.name!r}"
     folder = Path(config.name).expanduser()
     if config.name.startswith(("/", "./", "../", "~")) and not folder.is_dir():
         raise DataError(f"{name}; there is no such folder; correct the path")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = _loader(folder).from_pretrained(
             str(folder) if folder.is_dir() else config.name,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -181,6 +195,21 @@ def fetch_tokenizer(config: PretrainedTokenizer) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise DataError(f"{name}; it has no end-of-text token (eos_token) to set between documents; choose another")
     return tokenizer
+
+
+def _loader(folder: Path) -> Any:
+    """What loads a tokenizer: the class that a local folder names where that is the general one, which dsllm saves and
+    which does not import torch; else the class that finds out."""
+    config_file = folder / "tokenizer_config.json"
+    if config_file.is_file():
+        named = json.loads(config_file.read_text(encoding="utf-8"))
+        if named.get("tokenizer_class") in _GENERAL_CLASSES and "auto_map" not in named:
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer
 
 
 def _refuse_forgeries(name: str, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import numpy as np
 from dsllm.data.preparation.piece_store import EncodedPiece, save_piece
 from dsllm.data.shards import token_dtype
 from dsllm.data.sources.catalogue import kept_documents
-from dsllm.data.sources.piece import KEY_BYTES, Document, Dropped, Piece
+from dsllm.data.sources.piece import KEY_BYTES, PIECE_BYTES, Document, Dropped, Piece
 from dsllm.data.token_ids import TokenIds
 from dsllm.errors import DataError, DsllmError
 
@@ -60,29 +61,32 @@ class Done:
     tokens: int
 
 
-Encode = Callable[[Iterable[Task]], Iterator[Done]]
+Encode = Callable[[Encoding, Iterable[Task]], Iterator[Done]]
 
 
 @contextmanager
-def encoder(encoding: Encoding, processes: int) -> Iterator[Encode]:
+def encoder(processes: int, *, much: bool) -> Iterator[Encode]:
     """A function that carries tasks out, in order and whatever the number of processes with the same files.
 
-    One process, or a few pieces, are encoded right here. Raises DsllmError where a worker process dies.
+    One process, or a few pieces, are encoded right here. `much` says that there will be more: the processes start at
+    once, beside whatever else is done first. Raises DsllmError where a worker process dies.
     """
     pool = ProcessPoolExecutor(
         processes,
         # Started afresh, not forked: a fork of a process that runs threads can hang.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(encoding,),
     )
+    if much and processes > 1:
+        for _ in range(processes):
+            pool.submit(os.getpid)
 
-    def encode(tasks: Iterable[Task]) -> Iterator[Done]:
+    def encode(encoding: Encoding, tasks: Iterable[Task]) -> Iterator[Done]:
         remaining = iter(tasks)
         first = list(islice(remaining, _PIECES_WORTH_PROCESSES))
         if processes == 1 or len(first) < _PIECES_WORTH_PROCESSES:
             return map(_Worker(encoding).encode, chain(first, remaining))
-        return _encode_in_order(pool, chain(first, remaining), _PENDING_PER_PROCESS * processes)
+        return _encode_in_order(pool, encoding, chain(first, remaining), _PENDING_PER_PROCESS * processes)
 
     try:
         yield encode
@@ -94,10 +98,17 @@ def encoder(encoding: Encoding, processes: int) -> Iterator[Encode]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode_in_order(pool: ProcessPoolExecutor, tasks: Iterable[Task], max_pending: int) -> Iterator[Done]:
+def is_much(size_bytes: int | None) -> bool:
+    """Whether sources of that size, which may be unknown, are worth processes."""
+    return size_bytes is not None and size_bytes > _PIECES_WORTH_PROCESSES * PIECE_BYTES
+
+
+def _encode_in_order(
+    pool: ProcessPoolExecutor, encoding: Encoding, tasks: Iterable[Task], max_pending: int
+) -> Iterator[Done]:
     pending: deque[Future[Done]] = deque()
     for task in tasks:
-        pending.append(pool.submit(_encode_in_worker, task))
+        pending.append(pool.submit(_encode_in_worker, encoding, task))
         if len(pending) == max_pending:
             yield pending.popleft().result()
     while pending:
@@ -180,15 +191,14 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-_worker: _Worker | None = None  # one in each worker process
+_worker_for = lru_cache(maxsize=1)(_Worker)
+"""In a worker process, what encodes: made at its first task."""
 
 
-def _start_worker(encoding: Encoding) -> None:
-    global _worker
+def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the one that has the others ends them
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = _Worker(encoding)
 
 
 def _end_with_parent() -> None:
@@ -199,6 +209,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(task: Task) -> Done:
-    assert _worker is not None, "the pool was made without its initializer"
-    return _worker.encode(task)
+def _encode_in_worker(encoding: Encoding, task: Task) -> Done:
+    return _worker_for(encoding).encode(task)

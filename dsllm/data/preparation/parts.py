@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dsllm.data.preparation.encode import encoder
+from dsllm.data.preparation.encode import encoder, is_much
 from dsllm.data.preparation.join import Joiner
 from dsllm.data.preparation.piece_store import PieceFile
-from dsllm.data.preparation.pipeline import Part, Pipeline, Progress
+from dsllm.data.preparation.pipeline import Part, Pipeline, Progress, size_of
 from dsllm.data.preparation.recipe import Recipe, prepared_fields, settle_recipe
 from dsllm.data.preparation.workplace import PART_FILE, PIECES, STAGING, refuse_foreign_files, workplace
 from dsllm.data.prepare import SHARDS, finish, join, num_cores, open_sources, reuse
@@ -76,10 +76,10 @@ def prepare_part(
     with workplace(folder, {**prepared_fields(spec), "part": [part.number, part.of]}):
         on_progress(Progress())
         sources = open_sources(spec, skip_bad_lines=skip_bad_lines)
-        recipe = settle_recipe(spec, folder, skip_bad_lines=skip_bad_lines)
         pipeline = Pipeline(sources, folder / PIECES, part=part, on_progress=on_progress)
-        with encoder(recipe.encoding(spec, folder), processes or num_cores()) as encode:
-            files = list(pipeline.run(encode))
+        with encoder(processes or num_cores(), much=is_much(size_of(sources))) as encode:
+            recipe = settle_recipe(spec, folder, skip_bad_lines=skip_bad_lines)
+            files = list(pipeline.run(encode, recipe.encoding(spec, folder)))
         record = PartRecord(
             number=part.number,
             of=part.of,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dsllm.data.preparation.encode import Done, Encode, Task
+from dsllm.data.preparation.encode import Done, Encode, Encoding, Task
 from dsllm.data.preparation.join import JoinedPiece
 from dsllm.data.preparation.piece_store import PieceFile, load_states
 from dsllm.data.sources.piece import OpenSource, Recall, State
@@ -44,6 +44,12 @@ class InputChangedError(Exception):
     """A source's input is no longer what an earlier attempt has joined."""
 
 
+def size_of(sources: Mapping[str, OpenSource]) -> int | None:
+    """Input of all sources in bytes; None where one does not know."""
+    sizes = [source.size_bytes for source in sources.values()]
+    return None if None in sizes else sum(size or 0 for size in sizes)
+
+
 class Pipeline:
     """One pass over the pieces of all sources."""
 
@@ -62,18 +68,18 @@ class Pipeline:
         self._joined = joined
         self._part = part
         self._on_progress = on_progress
-        sizes = [source.size_bytes for source in sources.values()]
-        self._progress = Progress(total_bytes=None if None in sizes else sum(size or 0 for size in sizes) // part.of)
+        all_bytes = size_of(sources)
+        self._progress = Progress(total_bytes=None if all_bytes is None else all_bytes // part.of)
         self.num_pieces = 0
         """Pieces of all sources, and of all parts, that were seen."""
 
-    def run(self, encode: Encode) -> Iterator[PieceFile]:
+    def run(self, encode: Encode, encoding: Encoding) -> Iterator[PieceFile]:
         """The pieces of the part that are not joined, in order, each as soon as its file is there.
 
         Raises InputChangedError where a joined piece is not what its source now gives in its place.
         """
         waiting: deque[PieceFile] = deque()
-        for done in encode(self._tasks(waiting)):
+        for done in encode(encoding, self._tasks(waiting)):
             self._report(done)
             while waiting and waiting[0].path.exists():
                 yield waiting.popleft()
