@@ -26,7 +26,8 @@ from dsllm.spec.sections import BpeTokenizer, PretrainedTokenizer, SentencePiece
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_GENERAL_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")  # two names of one class
+# The general class under its two names, and GPT-2's; what they read is in tokenizer.json.
+_PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast")
 
 
 def build_tokenizer(
@@ -198,18 +199,16 @@ def fetch_tokenizer(config: PretrainedTokenizer) -> PreTrainedTokenizerFast:
 
 
 def _loader(folder: Path) -> Any:
-    """What loads a tokenizer: the class that a local folder names where that is the general one, which dsllm saves and
-    which does not import torch; else the class that finds out."""
+    """What loads a tokenizer: the class that a local folder names, where it is one that AutoTokenizer would take too,
+    because AutoTokenizer imports torch to find out."""
+    import transformers
+
     config_file = folder / "tokenizer_config.json"
-    if config_file.is_file():
+    if (folder / TOKENIZER_FILE).is_file() and config_file.is_file() and not (folder / "config.json").exists():
         named = json.loads(config_file.read_text(encoding="utf-8"))
-        if named.get("tokenizer_class") in _GENERAL_CLASSES and "auto_map" not in named:
-            from transformers import PreTrainedTokenizerFast
-
-            return PreTrainedTokenizerFast
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
+        if named.get("tokenizer_class") in _PLAIN_CLASSES and "auto_map" not in named:
+            return getattr(transformers, named["tokenizer_class"])
+    return transformers.AutoTokenizer
 
 
 def _refuse_forgeries(name: str, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

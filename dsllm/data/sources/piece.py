@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-PIECE_BYTES = 2**22
-"""Input that a piece holds, about: 4 MiB take a core a second or two to tokenize, so that work is shared out evenly,
+PIECE_BYTES = 2**21
+"""Input that a piece holds, about: 2 MiB take a core about a second to tokenize, so that work is shared out evenly,
 little is lost when it is interrupted, and a few pieces at once need little memory."""
 
 KEY_BYTES = 16
