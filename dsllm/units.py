@@ -18,6 +18,14 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def format_text_bytes(num_bytes: float) -> str:
+    """`12100000` -> `12.1 MB`, in units of a thousand, as text is counted; below a thousand `812 bytes`."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes:.0f} bytes"
+
+
 def format_count(count: float) -> str:
     """`124439808` -> `124.4M`; counts under a thousand are printed whole."""
     for unit, suffix in _COUNT_SUFFIXES:

@@ -16,6 +16,7 @@ from dsllm.data.shards import (
     StreamRecord,
     TokenShards,
     file_sha256,
+    folder_checksums,
     write_manifest,
 )
 
@@ -37,10 +38,11 @@ def write_folder(
     shard_tokens: int = 1024,
     dtype: str = "uint16",
 ) -> Manifest:
-    """A folder of these documents: of each source, by its label, and split. Its tokenizer is an empty one."""
+    """A folder of these documents: of each source, by its label, and split. Its tokenizer is none that encodes."""
     tokenizer = folder / TOKENIZER_DIRECTORY / "tokenizer.json"
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.write_text("{}")
+    (tokenizer.parent / "sentencepiece.model").write_bytes(b"pieces")
     records = [_write_source(folder, label, splits, shard_tokens, dtype) for label, splits in sources.items()]
     manifest = Manifest(
         inputs={},
@@ -48,6 +50,7 @@ def write_folder(
         vocab_size=2**16 if dtype == "uint16" else 2**32,
         end_of_text_id=END_OF_TEXT,
         tokenizer_sha256=file_sha256(tokenizer),
+        tokenizer_files=folder_checksums(tokenizer.parent),
         sources=tuple(records),
     )
     write_manifest(folder, manifest)

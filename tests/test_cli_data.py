@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from dsllm.cli.data_progress import progress_text
 from dsllm.data.preparation.pipeline import Progress
 from dsllm.errors import DataError, UserError
 from dsllm.spec.load import dump_spec
+from dsllm.units import format_text_bytes
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,47 @@ def test_inspect_takes_the_spec_or_the_folder(prepared: tuple[Path, Path]) -> No
     assert facts["sources"][0]["sample"].startswith(first[:50])
     assert [(use["label"], use["share"], use["draws"]) for use in mix["sources"]] == [("corpus", 1.0, 160 * 16)]
     assert "more than data.max_epochs = 4" in mix["warnings"][0]
+
+
+def test_a_folder_named_like_a_preset_is_taken_only_where_it_is_prepared(
+    prepared: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()
+    of_spec = CliRunner().invoke(app, ["inspect", "quickstart"])
+    assert str(of_spec.exception) == "data/quickstart: no prepared data in it; run dsllm data prepare"
+    shutil.copytree(prepared[1], tmp_path / "quickstart", dirs_exist_ok=True)
+    assert CliRunner().invoke(app, ["inspect", "quickstart"]).stdout.startswith("quickstart: 40 documents")
+
+
+@pytest.mark.parametrize("change", ["data.sources.0.label=renamed", "data.validation_fraction=0.2"])
+def test_inspect_of_data_of_another_spec_is_refused(prepared: tuple[Path, Path], change: str) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(prepared[0]), "--set", change, "--verify"])
+    assert isinstance(result.exception, UserError)
+    assert f"{prepared[1]}: prepared from a spec with other values of {change[:10]}" in str(result.exception)
+
+
+def test_small_figures_are_not_rounded_to_nothing(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(prepared[1], tmp_path / "data")  # packing leaves its plan there
+    options = ["--set", "training.train_steps=1", "--set", "batch.global_batch_size=1"]
+    options += ["--set", "batch.micro_batch_size=1", "--set", "schedule.warmup_steps=0"]
+    options += [
+        "--set",
+        f"data.directory={tmp_path / 'data'}",
+        "--set",
+        "batch.sequence_length=16",
+        "--set",
+        "data.packing=best_fit",
+    ]
+    shown = CliRunner().invoke(app, ["inspect", str(prepared[0]), *options, "--json"])
+    (use,) = json.loads(shown.stdout)["mix"]["sources"]
+    assert 0 < use["epochs"] < 0.005
+    assert use["padding_share"] > 0
+    text = CliRunner().invoke(app, ["inspect", str(prepared[0]), *options]).stdout
+    assert f"{use['epochs']:.3g}" in text
+    assert f"{use['padding_share']:.2%}" in text
+    assert "0.0 MB" not in text
+    assert " kB, " in text.splitlines()[0]
 
 
 def test_inspect_shows_lengths_and_the_mix(prepared: tuple[Path, Path]) -> None:
@@ -114,6 +158,22 @@ def test_parts_join_to_what_one_command_prepares(prepared: tuple[Path, Path], tm
     assert contents(tmp_path / "data") == contents(whole)
 
 
+def test_the_line_after_a_part_can_be_pasted(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    command = ["prepare", str(prepared[0]), "--set", f"data.directory={tmp_path / 'my data'}", "--processes", "1"]
+    hints = []
+    for options in (["--shard", "1/2"], ["--shard", "2/2", "--out", str(tmp_path / "my part")]):
+        hints.append(CliRunner().invoke(app, [*command, *options]).stdout.partition("once all parts are there, ")[2])
+    whole, named = hints
+    assert whole.endswith(" joins them\n")
+    assert named.startswith("name the folder of each to join them: ")
+    first = shlex.split(whole.removesuffix(" joins them\n"))
+    second = shlex.split(named.removeprefix("name the folder of each to join them: "))
+    assert second == [*first, str(tmp_path / "my part")]
+    assert second[:2] == ["dsllm", "data"]
+    merged = CliRunner().invoke(app, [*second[2:], str(tmp_path / "my data.parts" / "1-of-2")])
+    assert merged.stdout.startswith(f"{tmp_path / 'my data'}: 40 documents")
+
+
 def test_a_folder_for_the_whole_is_not_set_with_out(prepared: tuple[Path, Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["prepare", str(prepared[0]), "--out", str(tmp_path)])
     assert isinstance(result.exception, UserError)
@@ -132,6 +192,26 @@ def test_a_folder_for_the_whole_is_not_set_with_out(prepared: tuple[Path, Path],
 )
 def test_the_progress_line_tells_rates_and_the_time_left(progress: Progress, text: str) -> None:
     assert progress_text(progress, seconds=5.0).endswith(text)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (4_100, "4.1 kB"),
+        (12_100_000, "12.1 MB"),
+        (3.2e9, "3.2 GB"),
+        (5e13, "50.0 TB"),
+    ],
+)
+def test_text_is_counted_in_a_unit_that_suits_it(num_bytes: float, text: str) -> None:
+    assert format_text_bytes(num_bytes) == text
+
+
+def test_joining_tells_the_time_left_and_no_rates() -> None:
+    assert progress_text(Progress(), 0.0, "joining") == "joining"
+    assert progress_text(Progress(done_bytes=50, total_bytes=150), 5.0, "joining") == "joining, 10.0s left"
 
 
 def test_a_mistake_is_one_line_and_exit_status_2(tmp_path: Path) -> None:

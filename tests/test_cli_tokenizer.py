@@ -16,7 +16,7 @@ from dsllm.cli.tokenizer import app
 from dsllm.data import compression
 from dsllm.data.compression import held_out_texts, measure_compression
 from dsllm.data.held_out import key_number
-from dsllm.data.preparation.recipe import held_out_threshold, settle_recipe
+from dsllm.data.preparation.recipe import held_out_threshold, open_sources, settle_recipe
 from dsllm.data.shards import TOKENIZER_DIRECTORY
 from dsllm.data.sources.catalogue import documents
 from dsllm.data.token_ids import TOKENIZER_FILE
@@ -57,7 +57,8 @@ def test_train_prints_the_report_and_how_to_use_the_folder(trained: tuple[Path, 
 def test_it_is_the_tokenizer_that_preparation_makes(trained: tuple[Path, Result], spec_file: Path) -> None:
     prepared = spec_file.parent / "prepared"
     prepared.mkdir()
-    settle_recipe(load_spec(str(spec_file)), prepared)
+    spec = load_spec(str(spec_file))
+    settle_recipe(spec, open_sources(spec), prepared)
     expected = (prepared / TOKENIZER_DIRECTORY / TOKENIZER_FILE).read_bytes()
     assert (trained[0] / TOKENIZER_FILE).read_bytes() == expected
 
@@ -111,6 +112,22 @@ def test_report_of_a_name_that_cannot_be_had_says_so(spec_file: Path) -> None:
     result = run("report", "nobody/no-such", "--spec", spec_file)
     assert isinstance(result.exception, DataError)
     assert "given 'nobody/no-such'; it cannot be loaded" in str(result.exception)
+
+
+def test_bad_lines_stop_until_they_are_to_be_skipped(trained: tuple[Path, Result], tmp_path: Path) -> None:
+    texts = [path.read_text() for path in sorted(write_corpus(tmp_path / "corpus").iterdir())]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "lines.jsonl").write_text("\n".join([*lines, "{nonsense"]))
+    spec = text_spec(tmp_path, f"data.sources=[{{kind: jsonl, path: '{tmp_path / 'lines.jsonl'}'}}]")
+    (tmp_path / "lines.yaml").write_text(dump_spec(spec))
+    train = ["train", tmp_path / "lines.yaml", "--out", tmp_path / "out"]
+    for command in (train, ["report", trained[0], "--spec", tmp_path / "lines.yaml"]):
+        stopped = run(*command)
+        assert isinstance(stopped.exception, DataError)
+        assert "--skip-bad-lines" in str(stopped.exception)
+        skipped = run(*command, "--skip-bad-lines")
+        assert skipped.exit_code == 0
+        assert "bytes a token" in skipped.stdout
 
 
 def test_without_held_out_text_the_tokenizer_is_trained_but_not_measured(

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel, masking_utils
 
+from dsllm.data.samples import IGNORED_LABEL
 from dsllm.model.build import build_model, enable_activation_checkpointing, model_config
 from dsllm.model.document_mask import document_mask
 from dsllm.model.initialize import initialize_weights
-from dsllm.model.loss import IGNORED_LABEL, TrainingModel
+from dsllm.model.loss import TrainingModel
 from dsllm.spec.load import load_spec
 
 LENGTH = 48

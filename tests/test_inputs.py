@@ -95,7 +95,7 @@ def test_validation_sets_are_named_and_the_same_at_each_call(tmp_path: Path) -> 
     [
         ("{kind: huggingface, name: Skylion007/openwebtext}", "a huggingface source"),
         ("{kind: deeplake, path: 'hub://activeloop/openwebtext-train'}", "a deeplake source"),
-        ("{kind: text, path: LONG}", "400 MB of text"),
+        ("{kind: text, path: LONG}", "about 400.0 MB of text"),
     ],
 )
 def test_text_that_takes_long_is_to_be_prepared_first(tmp_path: Path, source: str, what: str) -> None:
@@ -108,6 +108,41 @@ def test_text_that_takes_long_is_to_be_prepared_first(tmp_path: Path, source: st
     ):
         inputs.ready_data(spec, RunFolder(tmp_path / "run"))
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("text", "long.txt.gz"), ("jsonl", "long.jsonl.zst"), ("parquet", "long.parquet"), ("parquet", "long.data")],
+)
+def test_compressed_text_counts_as_what_it_may_unpack_to(tmp_path: Path, kind: str, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(61_000_000)
+    spec = small_spec(tmp_path, f"data.sources=[{{kind: {kind}, path: '{tmp_path / name}'}}]")
+    with pytest.raises(UserError, match=r"with about 305\.0 MB of text every rank would wait"):
+        inputs.ready_data(spec, RunFolder(tmp_path / "run"))
+
+
+def test_much_data_is_checked_by_the_edges_of_its_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = small_spec(tmp_path)
+    directory = inputs.ready_data(spec, RunFolder(tmp_path / "run"))
+    monkeypatch.setattr(inputs, "VERIFIED_TOKENS", 0)
+    assert inputs.ready_data(spec, RunFolder(tmp_path / "run")) == directory
+    shard = directory / "corpus-train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[0] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"train-00000\.bin changed or went missing since preparation"):
+        inputs.ready_data(spec, RunFolder(tmp_path / "run"))
+
+
+def test_a_damaged_plan_is_made_again_at_the_start(tmp_path: Path) -> None:
+    spec = small_spec(tmp_path, "data.packing=best_fit")
+    directory = inputs.ready_data(spec, RunFolder(tmp_path / "run"))
+    plans = {path: path.read_bytes() for path in directory.glob("*.plan")}
+    for path, content in plans.items():
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    inputs.ready_data(spec, RunFolder(tmp_path / "run"))
+    assert {path: path.read_bytes() for path in plans} == plans
 
 
 def test_text_that_is_not_there_is_told_before_anything_is_made(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsllm.data.samples import IGNORED_LABEL
 from dsllm.model import loss as loss_module
 from dsllm.model.build import build_model, model_config
 from dsllm.model.initialize import initialize_weights
-from dsllm.model.loss import IGNORED_LABEL, LossHead, TrainingModel, chunked_cross_entropy
+from dsllm.model.loss import LossHead, TrainingModel, chunked_cross_entropy
 from dsllm.plan.workload import LossImplementation
 from dsllm.spec.load import load_spec
 

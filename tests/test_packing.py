@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 from pathlib import Path
 
@@ -127,7 +128,7 @@ def test_other_sequences_and_other_documents_have_plans_of_their_own(tmp_path: P
     assert len(plan_files(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("damage", [b"", b"nothing", b"dsllm packing 1\n"])
+@pytest.mark.parametrize("damage", [b"", b"nothing", b"dsllm packing 2\n"])
 def test_a_plan_that_was_cut_short_is_made_again(tmp_path: Path, damage: bytes) -> None:
     shards = open_stream(tmp_path, numbered_documents([30, 300, 5]))
     expected = all_pieces(open_plan(shards, 64))
@@ -136,6 +137,30 @@ def test_a_plan_that_was_cut_short_is_made_again(tmp_path: Path, damage: bytes) 
     file.write_bytes(damage)
     assert all_pieces(open_plan(shards, 64)) == expected
     assert file.read_bytes() == content
+
+
+def test_a_plan_with_any_bit_flipped_is_made_again(tmp_path: Path) -> None:
+    shards = open_stream(tmp_path, numbered_documents([30, 300, 5]))
+    expected = all_pieces(open_plan(shards, 64))
+    (file,) = plan_files(tmp_path)
+    content = file.read_bytes()
+    for index in range(len(content)):
+        damaged = bytearray(content)
+        damaged[index] ^= 1 << index % 8
+        file.write_bytes(damaged)
+        assert all_pieces(open_plan(shards, 64)) == expected
+        assert file.read_bytes() == content
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
+    shards = open_stream(tmp_path, numbered_documents([30, 300, 5]))
+    left, in_work = (tmp_path / f".text-train-packed-32-abc.plan.{name}" for name in ("left", "inwork"))
+    left.write_bytes(b"half")
+    with in_work.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        open_plan(shards, 64)
+        assert not left.exists()
+        assert in_work.exists()
 
 
 def test_where_no_file_can_be_written_the_plan_stays_in_memory(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from small_text import text_spec, write_corpus
-from test_prepare import contents
+from test_prepare import contents, killed_at
 
+from dsllm.data.preparation.join import Joiner
 from dsllm.data.preparation.parts import merge, parse_part, part_directory, prepare_part
 from dsllm.data.preparation.pipeline import Part
 from dsllm.data.prepare import prepare
@@ -101,6 +102,62 @@ def test_parts_of_different_text_are_refused(spec: Spec, tmp_path: Path) -> None
     prepare_part(spec, parts[1], Part(2, 2), processes=1)
     with pytest.raises(UserError, match=r"part-2: does not belong with .*part-1; their number of parts, tokenizer or"):
         merge(spec, tmp_path / "data", parts)
+
+
+def test_a_part_leaves_a_folder_of_somebody_alone(spec: Spec, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"home: holds thesis.tex, which dsllm did not prepare; choose an empty folder"):
+        prepare_part(spec, tmp_path / "home", Part(1, 2), processes=1)
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_part_does_not_take_the_place_of_another(spec: Spec, tmp_path: Path) -> None:
+    prepare_part(spec, tmp_path / "part", Part(1, 2), processes=1)
+    before = contents(tmp_path / "part")
+    with pytest.raises(UserError, match=r"part: begun with other values of part; set them back"):
+        prepare_part(spec, tmp_path / "part", Part(2, 2), processes=1)
+    assert contents(tmp_path / "part") == before
+
+
+def test_a_part_is_not_made_in_a_folder_of_prepared_data(spec: Spec, tmp_path: Path) -> None:
+    prepare(spec, tmp_path / "data", processes=1)
+    before = contents(tmp_path / "data")
+    with pytest.raises(UserError, match="which dsllm did not prepare; choose an empty folder"):
+        prepare_part(spec, tmp_path / "data", Part(1, 2), processes=1)
+    assert contents(tmp_path / "data") == before
+
+
+def test_parts_of_different_text_are_refused_where_the_tokenizer_does_not_tell(spec: Spec, tmp_path: Path) -> None:
+    prepare(spec, tmp_path / "whole", processes=1)
+    pretrained = {"kind": "pretrained", "name": str(tmp_path / "whole" / "tokenizer")}
+    fields = spec.model_dump()
+    other = Spec.model_validate({**fields, "tokenizer": pretrained, "model": {**fields["model"], "vocab_size": 400}})
+    parts = made(other, tmp_path, of=2)
+    shutil.rmtree(parts[1])
+    first, second = (tmp_path / "corpus" / f"document-0{number}.txt" for number in ("00", "30"))
+    first.write_text(first.read_text() + "x" * 40)
+    second.write_text(second.read_text()[:-40])
+    prepare_part(other, parts[1], Part(2, 2), processes=1)
+    with pytest.raises(UserError, match=r"part-2: does not belong with .*part-1"):
+        merge(other, tmp_path / "data", parts)
+
+
+def test_a_part_that_was_made_again_between_two_merges_is_noticed(spec: Spec, tmp_path: Path) -> None:
+    parts = made(spec, tmp_path, of=2)
+
+    with killed_at(Joiner, "finish"):
+        merge(spec, tmp_path / "data", parts)
+    (tmp_path / "corpus" / "document-005.txt").write_text("something else altogether")
+    for number, part in enumerate(parts, start=1):
+        shutil.rmtree(part)
+        prepare_part(spec, part, Part(number, 2), processes=1)
+    with pytest.raises(UserError, match=r"\.partial: begun with other values of parts; set them back"):
+        merge(spec, tmp_path / "data", parts)
+    shutil.rmtree(tmp_path / "data")
+    merge(spec, tmp_path / "data", parts)
+    prepare(spec, tmp_path / "whole", processes=1)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
 def test_no_parts_at_all_says_how_to_make_them(spec: Spec, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 from collections import Counter
@@ -10,18 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from small_text import text_spec, write_corpus
 
-from dsllm.data.preparation import encode, join
-from dsllm.data.preparation.encode import Task, encoder
+from dsllm.data.preparation import assemble, encode, join
+from dsllm.data.preparation.encode import Encoding, Task, encoder
+from dsllm.data.preparation.join import Joiner
 from dsllm.data.preparation.pipeline import Progress
 from dsllm.data.preparation.recipe import Recipe
 from dsllm.data.prepare import default_directory, prepare
 from dsllm.data.shards import Split, TokenShards, read_manifest
 from dsllm.data.sources import text
+from dsllm.data.sources.piece import Document
+from dsllm.data.token_ids import TokenIds
 from dsllm.data.tokenizer import load_tokenizer
 from dsllm.errors import DataError, DsllmError, UserError
 from dsllm.spec.sections import Spec
@@ -131,6 +135,19 @@ def test_a_fraction_that_leaves_too_little_to_train_on_is_refused(tmp_path: Path
     assert not (tmp_path / "data" / "manifest.json").exists()
 
 
+def test_too_little_text_beside_validation_sources_blames_no_fraction(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", documents=40, words=12)
+    spec = text_spec(
+        corpus,
+        f"data.validation_sources=[{{kind: text, path: '{corpus}', label: again}}]",
+        "data.validation_fraction=0",
+        "tokenizer.vocab_size=330",
+    )
+    short = spec.model_copy(update={"batch": spec.batch.model_copy(update={"sequence_length": 10_000})})
+    with pytest.raises(DataError, match=r"data.sources: there are \d+ tokens to train on; one sample needs 10001"):
+        prepare(short, tmp_path / "data", processes=1)
+
+
 def test_validation_sources_are_only_validated_on(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "exam.txt").write_text("what the model is asked")
     spec = text_spec(
@@ -209,6 +226,18 @@ class Killed(BaseException):
     """Stands for the end of the process: nobody catches it."""
 
 
+@contextmanager
+def killed_at(owner: Any, name: str, instead: Any = None) -> Iterator[None]:
+    """The block is killed where it calls `owner.name`, or where the function in its place does."""
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):  # noqa: PT012 - the block is the caller's
+        patch.setattr(owner, name, instead or kill)
+        yield
+
+
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("drops", ["false", "true"])
 def test_interrupted_after_every_piece_it_ends_with_the_same_bytes(corpus: Path, tmp_path: Path, drops: str) -> None:
@@ -246,35 +275,114 @@ def test_sources_that_change_between_attempts_are_prepared_anew(tmp_path: Path) 
     assert contents(tmp_path / "data") == contents(tmp_path / "clean")
 
 
-def test_an_attempt_with_other_settings_starts_over(
-    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unfinished_work_is_not_lost_to_another_spec(corpus: Path, tmp_path: Path) -> None:
     def interrupt(progress: Progress) -> None:
         if progress.tokens:
             raise Killed
 
     with pytest.raises(Killed):
         prepare(text_spec(corpus), tmp_path / "data", processes=1, on_progress=interrupt)
-    other = text_spec(corpus, "tokenizer.vocab_size=450")
-    prepare(other, tmp_path / "data", processes=1)
-    assert "begun with other settings; starting over" in caplog.text
-    prepare(other, tmp_path / "clean", processes=1)
+    before = contents(tmp_path / "data")
+    with pytest.raises(
+        UserError, match=r"\.partial: begun with other values of tokenizer.vocab_size; set them back to go on there"
+    ):
+        prepare(text_spec(corpus, "tokenizer.vocab_size=450"), tmp_path / "data", processes=1)
+    assert contents(tmp_path / "data") == before
+    prepare(text_spec(corpus), tmp_path / "data", processes=1)
+
+
+def test_text_that_changed_before_anything_was_joined_gives_another_vocabulary_too(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+
+    def interrupt(progress: Progress) -> None:
+        if progress.tokens:
+            raise Killed
+
+    with pytest.raises(Killed):
+        prepare(text_spec(corpus), tmp_path / "data", processes=1, on_progress=interrupt)
+    (corpus / "document-000.txt").write_text("another beginning " * 300)
+    prepare(text_spec(corpus), tmp_path / "data", processes=1)
+    prepare(text_spec(corpus), tmp_path / "clean", processes=1)
     assert contents(tmp_path / "data") == contents(tmp_path / "clean")
 
 
-def test_a_preparation_killed_while_files_move_to_their_place_is_finished(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_pieces")
+def test_with_copies_dropped_a_source_that_became_shorter_is_noticed(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    spec = text_spec(corpus, "data.drop_duplicates=true")
+
+    with killed_at(Joiner, "finish"):
+        prepare(spec, tmp_path / "data", processes=1)
+    for path in sorted(corpus.iterdir())[30:]:
+        path.unlink()
+    assert prepare(spec, tmp_path / "data", processes=1).documents == 30
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("damage", [b"", b"PK\3\4 and no more"])
+def test_pieces_that_a_power_cut_damaged_are_made_again(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+) -> None:
+    spec = text_spec(corpus)
+    prepare(spec, tmp_path / "clean", processes=1)
+
+    monkeypatch.setattr(join, "_PIECES_BETWEEN_NOTES", 1000)
+    with killed_at(Joiner, "finish"):
+        prepare(spec, tmp_path / "data", processes=1)
+    pieces = sorted((tmp_path / "data" / ".partial" / "pieces").rglob("*.npz"))
+    for path in pieces[2:6]:
+        path.write_bytes(damage)
+    prepare(spec, tmp_path / "data", processes=1)
+    assert contents(tmp_path / "data") == contents(tmp_path / "clean")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "sentencepiece.model"])
+def test_a_tokenizer_that_a_power_cut_damaged_is_made_again(corpus: Path, tmp_path: Path, name: str) -> None:
     prepare(text_spec(corpus), tmp_path / "clean", processes=1)
-    data = tmp_path / "data"
-    (data / ".partial" / "shards").mkdir(parents=True)
-    settings = {name: value for name, value in read_manifest(tmp_path / "clean").inputs.items()}
-    (data / ".partial" / "settings.json").write_text(json.dumps(settings, sort_keys=True))
-    for name, content in contents(tmp_path / "clean").items():
-        moved = name.startswith(("corpus-train", "tokenizer"))
-        place = data / name if moved else data / ".partial" / ("" if name == "manifest.json" else "shards") / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(content)
-    prepare(text_spec(corpus), data, processes=1)
-    assert contents(data) == contents(tmp_path / "clean")
+
+    def interrupt(progress: Progress) -> None:
+        if progress.tokens:
+            raise Killed
+
+    with pytest.raises(Killed):
+        prepare(text_spec(corpus), tmp_path / "data", processes=1, on_progress=interrupt)
+    (tmp_path / "data" / ".partial" / "tokenizer" / name).write_bytes(b"")
+    prepare(text_spec(corpus), tmp_path / "data", processes=1)
+    assert contents(tmp_path / "data") == contents(tmp_path / "clean")
+
+
+def test_weights_show_in_no_prepared_byte(corpus: Path, tmp_path: Path) -> None:
+    again = write_corpus(tmp_path / "again", documents=9)
+    for name, weights in (("absent", (None, None)), ("given", (0.9, 0.1))):
+        spec = two_sources(corpus, again)
+        sources = tuple(
+            source.model_copy(update={"weight": weight})
+            for source, weight in zip(spec.data.sources, weights, strict=True)
+        )
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"sources": sources})})
+        prepare(spec, tmp_path / name, processes=1)
+    assert contents(tmp_path / "absent") == contents(tmp_path / "given")
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3, 5])
+def test_a_preparation_killed_while_files_move_to_their_place_is_finished(
+    corpus: Path, tmp_path: Path, moved: int
+) -> None:
+    prepare(text_spec(corpus), tmp_path / "clean", processes=1)
+    moves = 0
+
+    def move(source: Path, target: Path) -> None:
+        nonlocal moves
+        if moves == moved:
+            raise Killed
+        moves += 1
+        os.rename(source, target)
+
+    with killed_at(assemble, "os", SimpleNamespace(replace=move)):
+        prepare(text_spec(corpus), tmp_path / "data", processes=1)
+    assert not (tmp_path / "data" / "manifest.json").exists()
+    prepare(text_spec(corpus), tmp_path / "data", processes=1)
+    assert contents(tmp_path / "data") == contents(tmp_path / "clean")
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
@@ -305,9 +413,7 @@ def test_data_of_another_spec_is_refused(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_folder_with_other_files_is_refused_and_left_alone(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(
-        UserError, match=r"holds .*, which dsllm did not prepare; set data.directory to an empty folder"
-    ):
+    with pytest.raises(UserError, match=r"holds .*, which dsllm did not prepare; choose an empty folder"):
         prepare(text_spec(corpus), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -383,6 +489,8 @@ def test_a_worker_that_dies_is_one_line(corpus: Path, tmp_path: Path) -> None:
         vocab_size=manifest.vocab_size,
         end_of_text_id=manifest.end_of_text_id,
         tokenizer_sha256=manifest.tokenizer_sha256,
+        tokenizer_files={},
+        stamps={},
     )
     encoding = recipe.encoding(text_spec(corpus), tmp_path / "data")
     tasks = [Task(Deadly(), tmp_path / "piece")] * encode._PIECES_WORTH_PROCESSES
@@ -391,6 +499,40 @@ def test_a_worker_that_dies_is_one_line(corpus: Path, tmp_path: Path) -> None:
         encoder(processes=2, much=False) as encode_pieces,
     ):
         list(encode_pieces(encoding, tasks))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A piece of these documents."""
+
+    texts: tuple[str, ...]
+    name: str = "texts"
+    stamp: str = ""
+    size_bytes: int = 1
+    state: None = None
+
+    def documents(self, dropped: Counter[str]) -> Iterator[Document]:
+        return (Document(f"text {index}", text) for index, text in enumerate(self.texts))
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "end_of_text_id", "message"),
+    [
+        (300, 1, r"text 0: the tokenizer gives it the token \d+, but says that it has 300 tokens"),
+        (400, None, r"text 0: the tokenizer reads its end-of-text token out of the text"),
+    ],
+)
+def test_ids_that_cannot_be_right_are_refused(
+    corpus: Path, tmp_path: Path, vocab_size: int, end_of_text_id: int | None, message: str
+) -> None:
+    prepare(text_spec(corpus), tmp_path / "data", processes=1)
+    text = (corpus / "document-000.txt").read_text()
+    (ids,) = TokenIds.open(tmp_path / "data" / "tokenizer").encode([text])
+    end = int(ids[0]) if end_of_text_id is None else end_of_text_id
+    encoding = Encoding(tmp_path / "data" / "tokenizer", end, vocab_size, 0)
+    with pytest.raises(DataError, match=message), encoder(processes=1, much=False) as encode_pieces:
+        list(encode_pieces(encoding, [Task(Texts((text,)), tmp_path / "piece.npz")]))
+    assert not (tmp_path / "piece.npz").exists()
 
 
 def test_progress_counts_up_to_the_whole(corpus: Path, tmp_path: Path) -> None:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from small_shards import numbered_documents, open_stream, write_folder
 
-from dsllm.data.shards import TokenShards, manifest_hash, read_manifest, verify
+from dsllm.data.shards import (
+    EDGE_BYTES,
+    TokenShards,
+    edges_sha256,
+    folder_checksums,
+    manifest_hash,
+    read_manifest,
+    verify,
+    verify_edges,
+    write_manifest,
+)
 from dsllm.errors import DataError
 
 SHARD_TOKENS = 1024
@@ -95,25 +107,82 @@ def test_ids_are_little_endian_on_disk(tmp_path: Path) -> None:
     assert (tmp_path / "text-train-00000.bin").read_bytes() == bytes([7, 0, 14, 0, 0, 0])
 
 
+def flip_a_bit(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
 def test_intact_data_verifies(prepared: Path) -> None:
     verify(prepared)
+    verify_edges(prepared)
 
 
 def test_a_corrupt_shard_is_found_by_checksum_and_named(prepared: Path) -> None:
-    shard = prepared / "text-train-00001.bin"
-    content = bytearray(shard.read_bytes())
-    content[100] ^= 1
-    shard.write_bytes(content)
+    flip_a_bit(prepared / "text-train-00001.bin", 100)
     open_again(prepared)  # the size is right: only reading it all can tell
     with pytest.raises(DataError, match=r"data: text-train-00001\.bin changed or went missing .* prepare the data"):
         verify(prepared)
 
 
-def test_a_changed_tokenizer_is_found_by_checksum(prepared: Path) -> None:
-    with (prepared / "tokenizer" / "tokenizer.json").open("a") as file:
+@pytest.mark.parametrize("check", [verify, verify_edges])
+@pytest.mark.parametrize("name", ["tokenizer.json", "sentencepiece.model"])
+def test_any_changed_file_of_the_tokenizer_is_found_by_checksum(
+    prepared: Path, check: Callable[[Path], None], name: str
+) -> None:
+    check(prepared)
+    with (prepared / "tokenizer" / name).open("a") as file:
         file.write(" ")
-    with pytest.raises(DataError, match=r"tokenizer/tokenizer\.json changed"):
+    with pytest.raises(DataError, match=rf"tokenizer/{name} changed"):
+        check(prepared)
+
+
+def test_a_manifest_without_the_tokenizers_files_still_has_its_checksum(prepared: Path) -> None:
+    write_manifest(prepared, read_manifest(prepared).model_copy(update={"tokenizer_files": {}}))
+    verify(prepared)
+    (prepared / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"tokenizer/tokenizer\.json changed or went missing"):
         verify(prepared)
+
+
+def test_checksums_of_a_folder_are_by_name(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    for name in ("b.json", "a.model", "below/c.txt"):
+        (tmp_path / name).write_text(name)
+    found = folder_checksums(tmp_path)
+    assert list(found) == ["a.model", "b.json", "below/c.txt"]
+    assert all(found[name] == hashlib.sha256(name.encode()).hexdigest() for name in found)
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, EDGE_BYTES - 1, EDGE_BYTES, EDGE_BYTES + 1, 3 * EDGE_BYTES])
+def test_the_edges_of_a_file_are_its_first_and_last_mib(tmp_path: Path, size_bytes: int) -> None:
+    content = np.random.default_rng(size_bytes).bytes(size_bytes)
+    (tmp_path / "file").write_bytes(content)
+    expected = hashlib.sha256(content[:EDGE_BYTES] + content[-EDGE_BYTES:]).hexdigest()
+    assert edges_sha256(tmp_path / "file") == expected
+
+
+@pytest.mark.parametrize("place", [0, 2047])
+def test_a_shard_with_changed_edges_is_found_without_reading_it_all(prepared: Path, place: int) -> None:
+    flip_a_bit(prepared / "text-train-00003.bin", place)
+    with pytest.raises(DataError, match=r"data: text-train-00003\.bin changed or went missing"):
+        verify_edges(prepared)
+
+
+def test_edges_that_were_not_noted_down_are_not_compared(prepared: Path) -> None:
+    manifest = read_manifest(prepared)
+    (source,) = manifest.sources
+    stream = source.streams["train"]
+    shards = tuple(shard.model_copy(update={"edges_sha256": ""}) for shard in stream.shards)
+    older = source.model_copy(update={"streams": {"train": stream.model_copy(update={"shards": shards})}})
+    write_manifest(prepared, manifest.model_copy(update={"sources": (older,)}))
+    flip_a_bit(prepared / "text-train-00003.bin", 0)
+    verify_edges(prepared)
+
+
+def test_a_label_that_nothing_was_prepared_of_is_told_with_those_that_there_are(prepared: Path) -> None:
+    with pytest.raises(DataError, match=r"source 'news': given, but prepared are text; correct the label, or prepare"):
+        read_manifest(prepared).source("news")
 
 
 def test_a_truncated_shard_is_found_when_it_is_opened(prepared: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -105,6 +106,53 @@ def test_a_path_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 def test_a_link_to_nothing_names_itself(corpus: Path) -> None:
     (corpus / "lost.txt").symlink_to(corpus / "gone.txt")
     with pytest.raises(DataError, match=r"lost\.txt: cannot be read \(No such file or directory\); mend that"):
+        open_source(text(corpus))
+
+
+def test_a_name_that_is_not_utf8_is_refused(corpus: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    try:
+        (corpus / name).write_text("text")
+    except OSError:
+        pytest.skip("this file system has names of UTF-8 alone")
+    for path in (corpus, corpus / "*.txt"):
+        with pytest.raises(DataError, match=r"'.*caf\\udce9\.txt': the name is not UTF-8; rename the file") as caught:
+            open_source(text(path))
+        assert str(caught.value).isascii()
+
+
+def test_linked_folders_are_read_as_a_glob_reads_them(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    (tmp_path / "more" / "deep" / "d.txt").write_text("fourth")
+    (corpus / "linked").symlink_to(tmp_path / "more")
+    (corpus / ".hidden").symlink_to(tmp_path / "more")
+    names = [file.name for file in find_files(text(corpus), (".txt",))]
+    assert names == [file.name for file in find_files(text(corpus / "**" / "*.txt"), ())]
+    assert names == ["b.txt", "linked/deep/d.txt"]
+
+
+def test_links_in_a_circle_end(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "d.txt").write_text("fourth")
+    (tmp_path / "more" / "back").symlink_to(corpus)
+    (corpus / "linked").symlink_to(tmp_path / "more")
+    (corpus / "deep" / "self").symlink_to(".")
+    (corpus / "above").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for path in (corpus, "corpus"):
+        assert [file.name for file in find_files(text(path), (".txt",))] == ["b.txt", "linked/d.txt"]
+
+
+def test_a_folder_that_cannot_be_read_names_itself(corpus: Path) -> None:
+    """Its path is longer than the system takes, which not even the superuser may read."""
+    folder = os.open(corpus, os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("x" * 250, dir_fd=folder)
+        inner = os.open("x" * 250, os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+    with pytest.raises(DataError, match=r"corpus/x.*: cannot be read \(File name too long\); mend that"):
         open_source(text(corpus))
 
 

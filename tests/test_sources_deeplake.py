@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from read_sources import assert_goes_on_anywhere, pieces_of, read, read_in_processes
+from read_sources import assert_goes_on_anywhere, documents_of, pieces_of, read, read_in_processes
 
 from dsllm.data.sources.catalogue import documents, open_source
 from dsllm.data.sources.piece import OpenSource
-from dsllm.errors import DataError
+from dsllm.errors import DataError, DsllmError
 from dsllm.spec.sections import DeepLakeSource
 
 
@@ -60,6 +61,30 @@ def test_a_dataset_that_grows_changes_its_stamps(tmp_path: Path) -> None:
     (after,) = pieces_of(opened(tmp_path / "rows"))
     assert before.stamp != after.stamp
     assert [document.text for document in documents(source(tmp_path / "rows"))] == ["one", "two"]
+
+
+def test_pieces_of_another_size_have_other_stamps(tmp_path: Path) -> None:
+    write(tmp_path / "rows", ["some text"] * 100)
+    before, after = (pieces_of(opened(tmp_path / "rows", size)) for size in (100, 200))
+    assert before[0].name == after[0].name
+    assert not {(piece.name, piece.stamp) for piece in before} & {(piece.name, piece.stamp) for piece in after}
+
+
+def test_a_dataset_that_is_lost_while_it_is_read_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [random.Random(row).randbytes(500).hex() for row in range(3000)])
+    pieces = pieces_of(opened(tmp_path / "rows", 10**6))
+    shutil.rmtree(tmp_path / "rows")
+    with pytest.raises(DsllmError, match=r"'.*rows': (reading broke off|cannot be opened) \(.*\); ") as caught:
+        documents_of(pieces[-1])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dataset_without_its_rows_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "rows", [random.Random(row).randbytes(500).hex() for row in range(3000)])
+    max((file for file in (tmp_path / "rows").rglob("*")), key=lambda file: file.stat().st_size).unlink()
+    with pytest.raises(DataError, match=r"'.*rows': cannot be opened \(.*\); correct the path") as caught:
+        opened(tmp_path / "rows")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_column_names_those_that_exist(tmp_path: Path) -> None:

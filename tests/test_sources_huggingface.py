@@ -100,6 +100,35 @@ def test_other_data_under_the_same_name_is_read_afresh(tmp_path: Path, streaming
     assert "another" in [document.text for piece in after for document in documents_of(piece)]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pieces_of_another_size_have_other_stamps_and_are_not_recalled(tmp_path: Path, streaming: bool) -> None:
+    texts = random_texts(1000)
+    Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "rows")
+    before = pieces_of(opened(tmp_path / "rows", 5000, streaming=streaming))
+    known = {piece.name: piece.state for piece in before}
+    again = list(opened(tmp_path / "rows", 9000, streaming=streaming).pieces(known.get))
+    assert {piece.name for piece in before} & {piece.name for piece in again}
+    assert not {(piece.name, piece.stamp) for piece in before} & {(piece.name, piece.stamp) for piece in again}
+    assert [document.text for piece in again for document in documents_of(piece)] == texts
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_of_a_script_is_one_line(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("import datasets\n")
+    with pytest.raises(DataError, match=r"cannot be loaded \(.*scripts are no longer supported.*\); correct") as caught:
+        opened(tmp_path / "scripted", streaming=streaming)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_stream_whose_first_row_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    folder = write_data_files(tmp_path / "files", ["one"], files=1)
+    (folder / "train-0.jsonl").write_text("{no JSON\n")
+    with pytest.raises(DataError, match=r"cannot be loaded \(.*\); correct its name") as caught:
+        opened(folder, streaming=True)
+    assert "\n" not in str(caught.value)
+
+
 def test_rows_of_very_unlike_lengths_make_pieces_of_like_size(tmp_path: Path) -> None:
     Dataset.from_dict({"text": ["x"] * 5000 + ["y" * 5000] * 10}).save_to_disk(tmp_path / "rows")
     pieces = pieces_of(opened(tmp_path / "rows", 5000))
@@ -181,7 +210,7 @@ def test_a_dataset_without_rows_has_no_text(tmp_path: Path, streaming: bool) -> 
 def test_a_stream_that_breaks_off_says_that_what_is_prepared_is_kept(tmp_path: Path) -> None:
     folder = write_data_files(tmp_path / "files", random_texts(100))
     (folder / "train-2.jsonl").write_text("{no JSON\n")
-    with pytest.raises(DsllmError, match=r"the stream broke off \(.*\); what is prepared is kept: the same") as caught:
+    with pytest.raises(DsllmError, match=r"reading broke off \(.*\); what is prepared is kept: the same") as caught:
         read(opened(folder, 500, streaming=True))
     assert caught.value.exit_code == 1
     assert "\n" not in str(caught.value)

@@ -97,7 +97,7 @@ def test_half_of_an_escaped_pair_becomes_a_replacement_character(tmp_path: Path)
 
 
 BAD_LINES = {
-    b'{"text": "cut': r"is not JSON \(Unterminated string starting at\); mend it, or leave such lines out with --skip-",
+    b'{"text": "cut': r"is not JSON \(Unterminated string starting at\); mend it, or leave such lines out with dsllm ",
     b'"text"': "holds a string instead of an object; mend it, or",
     b"[1]": "holds an array instead of an object; mend it, or",
     b'{"body": "a", "id": 1}': "has no 'text', but body, id; set text_column to one of them, or",
@@ -117,6 +117,7 @@ def test_a_bad_line_names_its_file_and_number(tmp_path: Path, bad: bytes, suffix
     write(tmp_path / f"a{suffix}", good * 20 + b"\n" + bad + b"\n" + good * 20)
     with pytest.raises(DataError, match=rf"a{suffix}: line 22 {BAD_LINES[bad]}") as caught:
         read(opened(tmp_path, 200))
+    assert str(caught.value).endswith(", or leave such lines out with dsllm data prepare --skip-bad-lines")
     assert "\n" not in str(caught.value)
 
 

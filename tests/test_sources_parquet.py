@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,13 +28,15 @@ def opened(path: Path | str, piece_bytes: int | None = None) -> OpenSource:
     return open_source(source(path), piece_bytes=piece_bytes)
 
 
-def write(path: Path, texts: list[str | None], row_group_size: int = 1000, type_: pa.DataType | None = None) -> Path:
+def write(
+    path: Path, texts: list[str | None], row_group_size: int = 1000, type_: pa.DataType | None = None, **options: bool
+) -> Path:
     table = pa.table({"id": pa.array(range(len(texts))), "text": pa.array(texts, type_ or pa.string())})
-    pq.write_table(table, path, row_group_size=row_group_size)
+    pq.write_table(table, path, row_group_size=row_group_size, **options)
     return path
 
 
-STRING_TYPES = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+STRING_TYPES = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()), pa.string_view()]
 rows = st.lists(st.one_of(st.none(), st.text(st.sampled_from("ab\n ü🙂"), max_size=30)), max_size=80)
 
 
@@ -41,14 +44,15 @@ rows = st.lists(st.one_of(st.none(), st.text(st.sampled_from("ab\n ü🙂"), max
 @given(
     st.lists(st.tuples(rows, st.integers(1, 40), st.sampled_from(STRING_TYPES)), min_size=1, max_size=3),
     st.integers(1, 300),
+    st.booleans(),
 )
 def test_the_pieces_of_a_folder_hold_every_row_once(
-    files: list[tuple[list[str | None], int, pa.DataType]], piece_bytes: int
+    files: list[tuple[list[str | None], int, pa.DataType]], piece_bytes: int, use_dictionary: bool
 ) -> None:
     with TemporaryDirectory() as folder:
         expected = []
         for number, (texts, row_group_size, type_) in enumerate(files):
-            write(Path(folder) / f"{number}.parquet", texts, row_group_size, type_)
+            write(Path(folder) / f"{number}.parquet", texts, row_group_size, type_, use_dictionary=use_dictionary)
             expected += [(f"parquet:{number}.parquet:{row}", text or "") for row, text in enumerate(texts)]
         found = opened(folder, piece_bytes)
         assert read(found) == expected
@@ -73,6 +77,30 @@ def test_a_huge_row_group_is_read_once_and_small_ones_by_whoever_needs_them(tmp_
     for piece_bytes, is_carried in ((1000, True), (50_000, False)):
         (span, *_) = pieces_of(opened(tmp_path, piece_bytes))[0].spans
         assert (span.carried is not None) == is_carried
+
+
+@pytest.mark.parametrize("row_group_size", [100, 3000, 100_000])
+def test_texts_that_repeat_fill_pieces_by_what_they_unpack_to(tmp_path: Path, row_group_size: int) -> None:
+    texts: list[str | None] = [letter * 1000 for letter in "abc"] * 1000
+    file = write(tmp_path / "a.parquet", texts, row_group_size)
+    assert file.stat().st_size < 200_000
+    pieces = pieces_of(opened(tmp_path, 100_000))
+    assert 30 <= len(pieces) <= 60
+    assert all(sum(len(document.text) for document in documents_of(piece)) <= 100_000 for piece in pieces)
+    assert [text for _, text in read(opened(tmp_path, 100_000))] == texts
+    assert_goes_on_anywhere(opened(tmp_path, 100_000), [0, 1, 7])
+
+
+def test_long_texts_that_repeat_behind_short_ones_are_unpacked_a_little_at_a_time(tmp_path: Path) -> None:
+    texts: list[str | None] = ["a"] * 10_000 + ["long" * 250_000] * 300
+    write(tmp_path / "a.parquet", texts, row_group_size=20_000)
+    (piece,) = pieces_of(opened(tmp_path))
+    before, most, number = pa.total_allocated_bytes(), 0, 0
+    for number, document in enumerate(piece.documents(Counter()), 1):
+        most = max(most, pa.total_allocated_bytes() - before)
+        assert document.text == texts[number - 1]
+    assert number == len(texts)
+    assert most < 2**25
 
 
 def test_small_files_share_a_piece(tmp_path: Path) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gzip
 import random
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from read_sources import assert_goes_on_anywhere, documents_of, pieces_of, read, read_in_processes
 
-from dsllm.data.sources.catalogue import documents, open_source
+from dsllm.data.sources import separators
+from dsllm.data.sources.catalogue import documents, kept_documents, open_source
 from dsllm.data.sources.piece import OpenSource
 from dsllm.data.sources.separators import stretches
 from dsllm.errors import DataError
@@ -79,21 +81,42 @@ def test_a_separator_line_stands_between_documents(stretches: list[str], suffix:
         assert_goes_on_anywhere(source)
 
 
+@pytest.mark.parametrize("block_bytes", [1, 2**20])
 @given(
-    st.lists(st.sampled_from([b"ab", b"\n", b"\r", b"-", b"--", b"\n--\n"]), max_size=30),
+    st.lists(st.sampled_from([b"ab", b"\n", b"\r", b"-", b"--", b"\n--\n", b"\n--\r\n", b"\n----- "]), max_size=30),
     st.sampled_from([b"--", None]),
     st.integers(1, 20),
-    st.data(),
+    st.lists(st.integers(0, 120), max_size=10),
 )
+@example([b"a" * 30, b"\n----- a heading\n", b"b" * 30], b"--", 8, [33])
+@example([b"a" * 30, b"\n--\r\n", b"b" * 30], b"--", 8, [33])
+@example([b"a" * 30, b"\n--\r\n", b"b" * 30], b"--", 8, [34])
+@example([b"a" * 30, b"\n--\r and more\n", b"b" * 30], b"--", 8, [34])
 def test_how_a_text_arrives_in_blocks_changes_nothing(
-    texts: list[bytes], separator: bytes | None, stretch_bytes: int, data: st.DataObject
+    block_bytes: int, texts: list[bytes], separator: bytes | None, stretch_bytes: int, places: list[int]
 ) -> None:
     content = b"".join(texts)
-    places = data.draw(st.lists(st.integers(0, len(content)), max_size=10).map(sorted))
-    blocks = [content[start:stop] for start, stop in pairwise([0, *places, len(content)])]
+    cuts = sorted(place for place in places if place < len(content))
+    blocks = [content[start:stop] for start, stop in pairwise([0, *cuts, len(content)])]
     found = list(stretches([content], separator, stretch_bytes))
-    assert list(stretches(blocks, separator, stretch_bytes)) == found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(separators, "_BLOCK_BYTES", block_bytes)
+        assert list(stretches(blocks, separator, stretch_bytes)) == found
     assert all(0 <= stretch.stop - stretch.start <= stretch_bytes for stretch in found)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(("line", "num_documents"), [(b"\n----- a heading\n", 1), (b"\n---\r\n", 2), (b"\n---\n", 2)])
+def test_a_line_is_told_from_a_separator_wherever_the_file_is_read(
+    tmp_path: Path, suffix: str, line: bytes, num_documents: int
+) -> None:
+    for behind in range(len(line)):  # bytes of the line in the first block of a mebibyte
+        content = b"a" * (2**20 - behind) + line + b"b" * 100
+        found = read(opened(write(tmp_path / f"a.txt{suffix}", content), 1000, separator="---"))
+        expected = content.split(line) if num_documents == 2 else [content]
+        assert [len(text) for _, text in found] == [
+            len(document) + (num_documents == 2 and not place) for place, document in enumerate(expected)
+        ]
 
 
 def test_white_space_and_newlines_are_kept_as_they_are(tmp_path: Path) -> None:
@@ -149,6 +172,17 @@ def test_a_changed_file_changes_the_stamp_of_its_piece_alone(tmp_path: Path) -> 
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, True, False, False]
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_pieces_of_another_size_are_not_recalled(tmp_path: Path, suffix: str) -> None:
+    text = "".join(f"line {number}\n" for number in range(1000))
+    write(tmp_path / f"a.txt{suffix}", text.encode())
+    before = pieces_of(opened(tmp_path, 1000))
+    known = {piece.name: piece.state for piece in before[:3]}
+    again = list(opened(tmp_path, 700).pieces(known.get))
+    assert not {piece.stamp for piece in before} & {piece.stamp for piece in again}
+    assert "".join(document.text for piece in again for document in documents_of(piece)) == text
+
+
 def test_pieces_of_files_that_changed_are_not_recalled(tmp_path: Path) -> None:
     for number in range(4):
         write(tmp_path / f"{number}.txt.gz", b"x" * 90)
@@ -162,6 +196,23 @@ def test_pieces_of_files_that_changed_are_not_recalled(tmp_path: Path) -> None:
         "xxx",
         "xxx",
     ]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("separator", [None, "--"])
+def test_what_becomes_of_a_long_document_is_told_by_all_of_it(
+    tmp_path: Path, suffix: str, separator: str | None
+) -> None:
+    blank, words = " \u3000\n" * 1000, "ü and words\n" + " " * 2000 + "ü\n"
+    for name, text in (("blank", blank), ("words", words)):
+        write(tmp_path / f"{name}.txt{suffix}", text.encode())
+    pieces = pieces_of(opened(tmp_path, 100, separator))
+    assert len(pieces) > 40
+    for min_characters, expected in ((len(words), {"empty": 1}), (len(words) + 1, {"empty": 1, "too short": 1})):
+        dropped: Counter[str] = Counter()
+        kept = [document.text for piece in pieces for document in kept_documents(piece, min_characters, dropped)]
+        assert dropped == expected
+        assert "".join(kept) == (words if len(expected) == 1 else "")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

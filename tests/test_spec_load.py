@@ -71,6 +71,12 @@ def test_a_folder_is_no_spec(tmp_path: Path) -> None:
         load_spec(str(tmp_path))
 
 
+def test_a_folder_beside_hides_no_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "quickstart").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_spec("quickstart").name == "quickstart"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -164,6 +165,14 @@ def test_a_lone_surrogate_is_read_as_the_replacement_character(kind: str) -> Non
 def test_decoding_bytes_of_the_fallback_returns_the_text() -> None:
     assert isinstance(pair("bpe")[1].decoder, decoders.Sequence)
     assert_as_the_library("bpe", "\U0001f9ff\0\x7f")
+
+
+def test_a_model_of_another_vocabulary_beside_the_tokenizer_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(folder("bpe"), tmp_path, dirs_exist_ok=True)
+    config = SentencePieceTokenizer(kind="sentencepiece", vocab_size=1300)
+    (tmp_path / SENTENCEPIECE_FILE).write_bytes(train_sentencepiece(config, texts()))
+    with pytest.raises(DataError, match=r"sentencepiece.model: has 1300 pieces, and the tokenizer.json beside it 1200"):
+        TokenIds.open(tmp_path)
 
 
 def test_a_file_that_is_no_tokenizer_says_so_in_one_line(tmp_path: Path) -> None:

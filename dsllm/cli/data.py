@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -72,8 +74,19 @@ def prepare(
         )
     typer.echo(
         f"{folder}: part {part.number} of {part.of}, {len(record.pieces)} of {record.num_pieces} pieces; "
-        f"once all parts are there, dsllm data merge {spec} joins them"
+        f"once all parts are there, {_merge_hint(spec, overrides or (), out)}"
     )
+
+
+def _merge_hint(spec: str, overrides: Sequence[str], out: Path | None) -> str:
+    """The command that joins the parts, as it can be pasted; where a folder was chosen, only the user knows those of
+    the other parts."""
+    words = ["dsllm", "data", "merge", spec]
+    for override in overrides:
+        words += ["--set", override]
+    if out is None:
+        return f"{shlex.join(words)} joins them"
+    return f"name the folder of each to join them: {shlex.join([*words, str(out)])}"
 
 
 @app.command(epilog="Example: dsllm data merge my.yaml part-1 part-2")
@@ -93,6 +106,7 @@ def merge(
 
     The parts are left as they are; delete them afterwards.
     """
+    from dsllm.cli.data_progress import progress_shown
     from dsllm.cli.data_report import summary
     from dsllm.data.preparation.parts import merge as merge_parts
     from dsllm.data.preparation.parts import parts_directory
@@ -102,7 +116,8 @@ def merge(
     loaded = load_spec(spec, overrides or ())
     directory = default_directory(loaded)
     parts = folders or sorted(path for path in parts_directory(directory).glob("*-of-*") if path.is_dir())
-    manifest = merge_parts(loaded, directory, parts)
+    with progress_shown("joining") as show:
+        manifest = merge_parts(loaded, directory, parts, on_progress=show)
     typer.echo(f"{directory}: {summary(manifest)}")
 
 
@@ -120,12 +135,14 @@ def inspect(
     With a spec also the mix: the share of each source in the run, and how often the run repeats it.
     """
     from dsllm.cli.data_report import facts, print_facts
-    from dsllm.data.prepare import default_directory
+    from dsllm.data.prepare import default_directory, reuse
     from dsllm.data.shards import verify as verify_shards
     from dsllm.spec.load import load_spec
 
-    spec = None if Path(target).is_dir() else load_spec(target, overrides or ())
+    spec = None if _is_data_folder(target) else load_spec(target, overrides or ())
     directory = Path(target) if spec is None else default_directory(spec)
+    if spec is not None:
+        reuse(spec, directory)  # refuses data of another spec, whose sources the mix would not find
     if verify:
         verify_shards(directory)
     found = facts(directory, spec)
@@ -133,3 +150,12 @@ def inspect(
         typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
     else:
         print_facts(found, verify)
+
+
+def _is_data_folder(target: str) -> bool:
+    """Whether `inspect` was given a folder: one that is prepared, or one that no preset is named like."""
+    from dsllm.data.shards import MANIFEST_FILE
+    from dsllm.spec.load import preset_names
+
+    folder = Path(target)
+    return (folder / MANIFEST_FILE).is_file() or (folder.is_dir() and target not in preset_names())

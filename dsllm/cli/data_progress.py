@@ -19,8 +19,9 @@ LINE_INTERVAL_SECONDS = 30.0
 
 
 @contextmanager
-def progress_shown() -> Iterator[Callable[[Progress], None]]:
-    """What a preparation reports, on stderr: a bar on a terminal, a line now and then elsewhere."""
+def progress_shown(what: str = "tokenizer") -> Iterator[Callable[[Progress], None]]:
+    """What a preparation reports, on stderr: a bar on a terminal, a line now and then elsewhere. `what` it is at before
+    it tokenizes, or where it does not."""
     from rich.console import Console
     from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as ProgressBar
@@ -30,14 +31,14 @@ def progress_shown() -> Iterator[Callable[[Progress], None]]:
     began: float | None = None
     last_line = time.perf_counter()
     with ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("tokenizer", total=None)
+        task = bar.add_task(what, total=None)
 
         def show(progress: Progress) -> None:
             nonlocal began, last_line
             now = time.perf_counter()
             if progress.done_bytes == 0 or began is None:
                 began = now
-            text = progress_text(progress, now - began)
+            text = progress_text(progress, now - began, what)
             bar.update(task, description=text, completed=progress.done_bytes, total=progress.total_bytes)
             if bar.disable and now - last_line > LINE_INTERVAL_SECONDS:
                 typer.echo(text, err=True)
@@ -46,14 +47,19 @@ def progress_shown() -> Iterator[Callable[[Progress], None]]:
         yield show
 
 
-def progress_text(progress: Progress, seconds: float) -> str:
-    """`12,000 documents, 9.3 MB/s, 2.1M tokens/s, 4 min left`, of a preparation that tokenizes since `seconds`."""
+def progress_text(progress: Progress, seconds: float, what: str = "tokenizer") -> str:
+    """`12,000 documents, 9.3 MB/s, 2.1M tokens/s, 4 min left`, of a preparation that tokenizes since `seconds`;
+    `joining, 4 min left` of work that makes no tokens."""
     if progress.done_bytes == 0:
-        return "tokenizer"
+        return what
     rate = max(seconds, 1e-3)
     text = (
-        f"{progress.documents:,} documents, {progress.text_bytes / rate / 1e6:.1f} MB/s, "
-        f"{format_count(progress.tokens / rate)} tokens/s"
+        what
+        if progress.documents == 0
+        else (
+            f"{progress.documents:,} documents, {progress.text_bytes / rate / 1e6:.1f} MB/s, "
+            f"{format_count(progress.tokens / rate)} tokens/s"
+        )
     )
     made_bytes = progress.done_bytes - progress.found_bytes
     if progress.total_bytes is None or made_bytes == 0:

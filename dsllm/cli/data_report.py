@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dsllm.units import format_count
+from dsllm.units import format_count, format_text_bytes
 
 if TYPE_CHECKING:
     from dsllm.data.shards import Manifest, SourceRecord, TokenShards
@@ -21,7 +21,7 @@ def summary(manifest: Manifest) -> str:
     """One line about a prepared folder."""
     train, validation = (manifest.tokens_of(split) for split in ("train", "validation"))
     return (
-        f"{manifest.documents:,} documents, {manifest.text_bytes / 1e6:,.1f} MB, {format_count(manifest.tokens)} "
+        f"{manifest.documents:,} documents, {format_text_bytes(manifest.text_bytes)}, {format_count(manifest.tokens)} "
         f"tokens ({format_count(train)} to train on, {format_count(validation)} held out), "
         f"{manifest.vocab_size:,} in the vocabulary, {manifest.text_bytes / manifest.tokens:.2f} bytes a token"
         f"{_dropped_text(_all_dropped(manifest))}"
@@ -91,8 +91,7 @@ def _lengths(shards: TokenShards) -> dict[str, int]:
 def _sample(directory: Path, shards: TokenShards) -> str:
     from tokenizers import Tokenizer
 
-    from dsllm.data.shards import TOKENIZER_DIRECTORY
-    from dsllm.data.tokenizer import TOKENIZER_FILE
+    from dsllm.data.shards import TOKENIZER_DIRECTORY, TOKENIZER_FILE
 
     tokens = shards.read(0, min(SAMPLE_TOKENS, len(shards)))
     tokenizer = Tokenizer.from_file(str(directory / TOKENIZER_DIRECTORY / TOKENIZER_FILE))
@@ -116,7 +115,7 @@ def print_facts(found: dict[str, Any], verified: bool) -> None:
     for source in found["sources"]:
         typer.echo(
             f"{source['label']}: {source['source']}, {source['documents']:,} documents, "
-            f"{source['text_bytes'] / 1e6:,.1f} MB{_dropped_text(source['dropped'])}"
+            f"{format_text_bytes(source['text_bytes'])}{_dropped_text(source['dropped'])}"
         )
     if "mix" in found:
         _print_mix(found["mix"])
@@ -164,16 +163,18 @@ def _mix_facts(directory: Path, spec: Spec) -> dict[str, Any]:
 
 def _print_mix(mix: dict[str, Any]) -> None:
     from dsllm.cli.tables import print_table
+    from dsllm.data.mixture import format_epochs
 
     print_table(
-        ["in the run", "share", "samples", "drawn", "epochs"],
+        ["in the run", "share", "samples", "drawn", "epochs", "padding"],
         [
             (
                 use["label"],
                 f"{use['share']:.1%}",
                 f"{use['samples']:,}",
                 f"{use['draws']:,}",
-                f"{use['epochs']:.2f}",
+                format_epochs(use["epochs"]),
+                f"{use['padding_share']:.2%}",
             )
             for use in mix["sources"]
         ],

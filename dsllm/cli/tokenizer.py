@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from dsllm.cli.options import AsJson, Overrides, SpecArgument
+from dsllm.cli.options import AsJson, Overrides, SkipBadLines, SpecArgument
+from dsllm.units import format_text_bytes
 
 if TYPE_CHECKING:
     from dsllm.data.compression import Compression
@@ -33,6 +34,7 @@ def train(
         ),
     ] = None,
     overrides: Overrides = None,
+    skip_bad_lines: SkipBadLines = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the tokenizer of a spec on its sources, save it as a Hugging Face folder, and measure it on held-out text.
@@ -48,10 +50,11 @@ def train(
     loaded = load_spec(spec, overrides or ())
     directory = out or Path("tokenizers") / loaded.name
     with _at_work(f"training {directory}"):
-        threshold = held_out_threshold(loaded)
-        num_tokens = train_tokenizer(loaded, directory, threshold)
+        threshold = held_out_threshold(loaded, skip_bad_lines=skip_bad_lines)
+        num_tokens = train_tokenizer(loaded, directory, threshold, skip_bad_lines=skip_bad_lines)
     with _at_work("measuring it on held-out text"):
-        measured = measure_compression(directory, held_out_texts(loaded.data, threshold))
+        texts = held_out_texts(loaded.data, threshold, skip_bad_lines=skip_bad_lines)
+        measured = measure_compression(directory, texts)
     in_spec = {"tokenizer": {"kind": "pretrained", "name": str(directory)}, "model.vocab_size": num_tokens}
     if as_json:
         facts = {"directory": str(directory), "vocab_size": num_tokens, "in_spec": in_spec}
@@ -75,6 +78,7 @@ def report(
         str, typer.Option("--spec", metavar="SPEC", help="Spec on whose held-out text to compare.", show_default=False)
     ],
     overrides: Overrides = None,
+    skip_bad_lines: SkipBadLines = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare tokenizers on the same text: what a spec holds out of its sources, and its validation sources."""
@@ -85,7 +89,8 @@ def report(
 
     loaded = load_spec(spec, overrides or ())
     with _at_work("reading held-out text"):
-        texts = list(held_out_texts(loaded.data, held_out_threshold(loaded)))
+        threshold = held_out_threshold(loaded, skip_bad_lines=skip_bad_lines)
+        texts = list(held_out_texts(loaded.data, threshold, skip_bad_lines=skip_bad_lines))
     rows = [(name, _measured(name, texts)) for name in tokenizers]
     if as_json:
         typer.echo(json.dumps([{"tokenizer": name, **(_facts(row) if row else {})} for name, row in rows], indent=2))
@@ -127,7 +132,7 @@ def _print_report(rows: Sequence[tuple[str, Compression | None]]) -> None:
     print_table(
         ["tokenizer", "tokens", "of them used", "bytes a token", "tokens a word", "byte fallback", "text comes back"],
         [(name, *_cells(row)) for name, row in measured],
-        title=f"on {first.text_bytes / 1e6:,.2f} MB of held-out text, {first.documents:,} documents",
+        title=f"on {format_text_bytes(first.text_bytes)} of held-out text, {first.documents:,} documents",
     )
 
 
@@ -146,7 +151,7 @@ def _way(spec: Spec) -> str:
     """`sentencepiece bpe, trained on 4.0 MB at most`."""
     tokenizer: Any = spec.tokenizer
     algorithm = f" {tokenizer.algorithm}" if tokenizer.kind == "sentencepiece" else ""
-    return f"{tokenizer.kind}{algorithm}, trained on {tokenizer.training_bytes / 1e6:,.1f} MB at most"
+    return f"{tokenizer.kind}{algorithm}, trained on {format_text_bytes(tokenizer.training_bytes)} at most"
 
 
 @contextmanager

@@ -13,8 +13,10 @@ from tokenizers import Tokenizer
 
 from dsllm.data.held_out import key_number
 from dsllm.data.sources.catalogue import documents
+from dsllm.data.sources.piece import Document
 from dsllm.data.token_ids import TokenIds, read_tokenizer, readable
-from dsllm.spec.sections import Data, Source
+from dsllm.data.tokenizer import token_count
+from dsllm.spec.sections import Data
 
 MEASURED_BYTES = 10_000_000
 """Held-out text that a report is made of at most."""
@@ -66,7 +68,7 @@ def measure_compression(directory: Path | str, texts: Iterable[str]) -> Compress
     Raises DataError for a folder without a tokenizer.
     """
     tokenizer, token_ids = read_tokenizer(directory), TokenIds.open(directory)
-    vocab_size = 1 + max(tokenizer.get_vocab().values())
+    vocab_size = token_count(tokenizer)
     occurrences = np.zeros(vocab_size, np.int64)
     counts = np.zeros(4, np.int64)
     for text in map(readable, texts):
@@ -89,17 +91,20 @@ def measure_compression(directory: Path | str, texts: Iterable[str]) -> Compress
     )
 
 
-def held_out_texts(data: Data, held_out_below: int, most_bytes: int = MEASURED_BYTES) -> Iterator[str]:
+def held_out_texts(
+    data: Data, held_out_below: int, most_bytes: int = MEASURED_BYTES, *, skip_bad_lines: bool = False
+) -> Iterator[str]:
     """Text of the validation sources, and that of the training sources whose `key_number` is below `held_out_below`:
     an equal share of `most_bytes` from each source, from its start."""
     sources = [(source, 2**64) for source in data.validation_sources]
     sources += [(source, held_out_below) for source in data.sources if held_out_below]
     for source, below in sources:
-        yield from _held_out(source, below, most_bytes // len(sources), SEARCHED_BYTES // len(sources))
+        opened = documents(source, skip_bad_lines=skip_bad_lines)
+        yield from _held_out(opened, below, most_bytes // len(sources), SEARCHED_BYTES // len(sources))
 
 
-def _held_out(source: Source, below: int, room_bytes: int, search_bytes: int) -> Iterator[str]:
-    for document in documents(source):
+def _held_out(opened: Iterable[Document], below: int, room_bytes: int, search_bytes: int) -> Iterator[str]:
+    for document in opened:
         text = readable(document.text)
         search_bytes -= len(text)
         if key_number(document.key) < below:

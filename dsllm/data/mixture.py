@@ -62,16 +62,11 @@ class SourceUse:
         """How often the run sees each of its samples, on average."""
         return self.draws / self.samples if self.samples else 0.0
 
-    @property
-    def epochs_text(self) -> str:
-        """`0.0123`, `8.57`, `1,300`."""
-        return f"{self.epochs:.3g}" if self.epochs < 1000 else f"{self.epochs:,.0f}"
-
     def sentence(self) -> str:
         """`source 'news': 51.0% of the run's samples, 2.35 epochs of its 81,920`."""
         padding = f"; {self.padding_share:.2%} of their positions are padding" if self.padding_share else ""
         return (
-            f"source {self.label!r}: {self.share:.1%} of the run's samples, {self.epochs_text} epochs of its "
+            f"source {self.label!r}: {self.share:.1%} of the run's samples, {format_epochs(self.epochs)} epochs of its "
             f"{self.samples:,}{padding}"
         )
 
@@ -156,11 +151,16 @@ class Mixture:
         return [by_source.get(index, 0) for index in range(len(self.sources))]
 
 
+def format_epochs(epochs: float) -> str:
+    """`0.0123`, `8.57`, `1,300`."""
+    return f"{epochs:.3g}" if epochs < 1000 else f"{epochs:,.0f}"
+
+
 def repeated_too_often(uses: Sequence[SourceUse], max_epochs: float) -> list[str]:
     """A sentence for each source that the run sees more often than `max_epochs` times."""
     return [
-        f"source {use.label!r}: the run sees it {use.epochs_text} times, more than data.max_epochs = {max_epochs:g}; "
-        f"add text to it, lower its weight, or shorten the run"
+        f"source {use.label!r}: the run sees it {format_epochs(use.epochs)} times, more than data.max_epochs = "
+        f"{max_epochs:g}; add text to it, lower its weight, or shorten the run"
         for use in uses
         if use.epochs > max_epochs
     ]

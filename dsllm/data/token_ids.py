@@ -13,11 +13,10 @@ import numpy.typing as npt
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
-from dsllm.data.shards import token_dtype
+from dsllm.data.shards import TOKENIZER_FILE, token_dtype
 from dsllm.errors import DataError
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
-TOKENIZER_FILE = "tokenizer.json"
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -36,11 +35,13 @@ class TokenIds:
 
     def __init__(self, tokenizer: Tokenizer, sentencepiece_file: Path | None = None) -> None:
         """`sentencepiece_file` is the model that the tokenizer is the twin of: sentencepiece itself is faster."""
-        self._dtype = token_dtype(1 + max(tokenizer.get_vocab().values()))
+        num_tokens = 1 + max(tokenizer.get_vocab().values())
+        self._dtype = token_dtype(num_tokens)
         if sentencepiece_file is None:
             self._most_characters, self._encode = _SLICE_CHARACTERS, _by_tokenizers(tokenizer)
         else:
-            self._most_characters, self._encode = _SENTENCEPIECE_CHARACTERS, _by_sentencepiece(sentencepiece_file)
+            self._most_characters = _SENTENCEPIECE_CHARACTERS
+            self._encode = _by_sentencepiece(sentencepiece_file, num_tokens)
 
     @classmethod
     def open(cls, directory: Path | str) -> TokenIds:
@@ -111,6 +112,11 @@ def _by_tokenizers(tokenizer: Tokenizer) -> Callable[[list[str]], Iterator[list[
     return lambda texts: (item.ids for item in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
 
-def _by_sentencepiece(file: Path) -> Callable[[list[str]], Iterator[npt.NDArray[np.int32]]]:
+def _by_sentencepiece(file: Path, num_tokens: int) -> Callable[[list[str]], Iterator[npt.NDArray[np.int32]]]:
     original: Any = SentencePieceProcessor(model_file=str(file))
+    if original.get_piece_size() != num_tokens:
+        raise DataError(
+            f"{file}: has {original.get_piece_size()} pieces, and the {TOKENIZER_FILE} beside it {num_tokens} tokens; "
+            f"one of the two is damaged: make the tokenizer again"
+        )
     return lambda texts: (original.encode(text, out_type="numpy") for text in texts)

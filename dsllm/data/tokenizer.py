@@ -60,7 +60,7 @@ def build_tokenizer(
     return tokenizer
 
 
-def train_tokenizer(spec: Spec, directory: Path, held_out_below: int) -> int:
+def train_tokenizer(spec: Spec, directory: Path, held_out_below: int, *, skip_bad_lines: bool = False) -> int:
     """Train the spec's tokenizer into a folder of its own, which is written whole or not at all; its token count.
 
     Raises UserError for a spec whose tokenizer exists already, or a folder that holds other files or another tokenizer.
@@ -76,7 +76,7 @@ def train_tokenizer(spec: Spec, directory: Path, held_out_below: int) -> int:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as folder:
         made = Path(folder) / "tokenizer"
-        tokenizer = build_tokenizer(spec, made, held_out_below)
+        tokenizer = build_tokenizer(spec, made, held_out_below, skip_bad_lines=skip_bad_lines)
         if not held:
             os.replace(made, directory)
         elif (directory / TOKENIZER_FILE).read_bytes() != (made / TOKENIZER_FILE).read_bytes():
@@ -92,7 +92,7 @@ def load_tokenizer(directory: Path | str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(directory)
 
 
-def token_count(tokenizer: PreTrainedTokenizerFast) -> int:
+def token_count(tokenizer: PreTrainedTokenizerFast | Tokenizer) -> int:
     """One more than the largest id, which is what an embedding must hold: a vocabulary may have gaps."""
     return 1 + max(tokenizer.get_vocab().values())
 
@@ -110,11 +110,10 @@ def check_vocabulary(spec: Spec, num_tokens: int) -> None:
 def training_texts(
     sources: Sequence[Source], training_bytes: int, held_out_below: int = 0, *, skip_bad_lines: bool = False
 ) -> Iterator[str]:
-    """Text from the start of every source, `training_bytes` of UTF-8 in all, shared out by weight, or equally where no
-    source has one. Documents whose `key_number` is below `held_out_below` are left out."""
-    weights = [1.0 if source.weight is None else source.weight for source in sources]
-    for source, weight in zip(sources, weights, strict=True):
-        room = int(training_bytes * weight / sum(weights))
+    """Text from the start of every source, `training_bytes` of UTF-8 in all, in equal parts: weights, which can change
+    any day, do not show in what is prepared. Documents whose `key_number` is below `held_out_below` are left out."""
+    for source in sources:
+        room = training_bytes // len(sources)
         if room == 0:
             continue  # not even opened: it may be large, or on the Hub
         for document in documents(source, skip_bad_lines=skip_bad_lines):

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 
+from dsllm.data.loader import MicroBatch
+from dsllm.data.samples import IGNORED_LABEL
 from dsllm.data.shards import Manifest
 from dsllm.engine import ranks
-from dsllm.model.loss import IGNORED_LABEL
 from dsllm.spec.derived import source_labels
 from dsllm.spec.sections import Data
 
-MicroBatches = Iterable[dict[str, torch.Tensor]]
-
 
 def evaluate(
-    engine: DeepSpeedEngine, sets: Mapping[str, Callable[[], MicroBatches]], shares: Mapping[str, float]
+    engine: DeepSpeedEngine, sets: Mapping[str, Callable[[], Iterable[MicroBatch]]], shares: Mapping[str, float]
 ) -> dict[str, Any]:
     """What a step's record says of the validation sets: `val_loss`, in nats a token, and where there are several sets
     `val_losses`, the loss of each by its label; collective.
@@ -53,7 +52,7 @@ def combined_loss(losses: Mapping[str, float], tokens: Mapping[str, float], shar
 
 
 @torch.no_grad()
-def _loss_and_tokens(engine: DeepSpeedEngine, micro_batches: MicroBatches) -> torch.Tensor:
+def _loss_and_tokens(engine: DeepSpeedEngine, micro_batches: Iterable[MicroBatch]) -> torch.Tensor:
     """Sum of this rank's losses and number of its counted labels; (2,), fp64.
 
     Every rank must bring as many micro-batches as the others, because ZeRO-3 gathers weights in each forward.

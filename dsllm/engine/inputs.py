@@ -8,29 +8,31 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
-from dsllm.data.loader import training_micro_batches, validation_micro_batches
+from dsllm.data.loader import MicroBatch, training_micro_batches, validation_micro_batches
 from dsllm.data.mixture import repeated_too_often
-from dsllm.data.prepare import default_directory, open_sources, prepare
+from dsllm.data.preparation.recipe import labelled_sources, open_sources
+from dsllm.data.prepare import default_directory, prepare
 from dsllm.data.run_samples import RunSamples, open_run_samples, open_validation_samples
-from dsllm.data.shards import MANIFEST_FILE, TOKENIZER_DIRECTORY, verify
+from dsllm.data.shards import MANIFEST_FILE, TOKENIZER_DIRECTORY, verify, verify_edges
+from dsllm.data.sources.spans import FileSource
 from dsllm.engine import ranks
 from dsllm.engine.run_folder import RunFolder
 from dsllm.errors import UserError
 from dsllm.plan.batch import BatchPlan
 from dsllm.spec.sections import Spec
+from dsllm.units import format_text_bytes
 
 logger = logging.getLogger(__name__)
 
 VERIFIED_TOKENS = 500_000_000
-"""Up to so many tokens (1 GB in 16 bits, a second or two) the checksums are checked at each start; above that,
-`dsllm data inspect --verify` does."""
+"""Up to so many tokens (1 GB in 16 bits, a second or two) every file is read again at each start; above that the ends
+of the shards, and `dsllm data inspect --verify` reads them all."""
 PREPARED_AT_START_BYTES = 300_000_000
 """Text that is prepared while the other ranks wait, at most: five minutes for a core that tokenizes 1 MB a second,
 where they wait for thirty."""
-
-MicroBatches = Iterator[dict[str, torch.Tensor]]
+TEXT_IN_COMPRESSED = 5
+"""Bytes of text that a byte of a compressed file is counted as; Parquet is compressed inside. English shrinks to a
+third by gzip and to a quarter by zstd at its best, source code and lines of JSON to about a fifth."""
 
 
 def ready_data(spec: Spec, folder: RunFolder) -> Path:
@@ -46,8 +48,7 @@ def ready_data(spec: Spec, folder: RunFolder) -> Path:
             _refuse_long_preparation(spec, directory)
             logger.info("preparing tokens in %s", directory)
         manifest = prepare(spec, directory)
-        if manifest.tokens <= VERIFIED_TOKENS:
-            verify(directory)
+        (verify if manifest.tokens <= VERIFIED_TOKENS else verify_edges)(directory)
         # Packs what is to be packed, so that the other ranks find the plans; and reports what is wrong only once.
         open_run_samples(directory, spec.data, spec.batch.sequence_length, spec.seed)
         open_validation_samples(directory, spec.data, spec.batch.sequence_length)
@@ -57,7 +58,9 @@ def ready_data(spec: Spec, folder: RunFolder) -> Path:
     return ranks.on_rank_0(ready_on_rank_0)
 
 
-def open_training(directory: Path, spec: Spec, batch: BatchPlan, world: ranks.World, first_step: int) -> MicroBatches:
+def open_training(
+    directory: Path, spec: Spec, batch: BatchPlan, world: ranks.World, first_step: int
+) -> Iterator[MicroBatch]:
     """This rank's micro-batches from `first_step` on, without end. Rank 0 logs what the run takes of each source."""
     samples = open_run_samples(directory, spec.data, batch.sequence_length, spec.seed)
     if world.rank == 0:
@@ -75,7 +78,7 @@ def open_training(directory: Path, spec: Spec, batch: BatchPlan, world: ranks.Wo
 
 def open_validation(
     directory: Path, spec: Spec, batch: BatchPlan, world: ranks.World
-) -> dict[str, Callable[[], MicroBatches]]:
+) -> dict[str, Callable[[], Iterator[MicroBatch]]]:
     """For each validation set, by its label, this rank's share of its samples, the same at each call."""
     return {
         label: functools.partial(
@@ -95,13 +98,24 @@ def _refuse_long_preparation(spec: Spec, directory: Path) -> None:
     """UserError for text that comes over the network, or is long; DataError for text that is not there."""
     kinds = [source.kind for source in spec.data.sources + spec.data.validation_sources]
     remote = next((kind for kind in kinds if kind in ("huggingface", "deeplake")), None)
-    text_bytes = 0 if remote else sum(source.size_bytes or 0 for source in open_sources(spec).values())
+    text_bytes = 0 if remote else _text_bytes(spec)
     if remote or text_bytes > PREPARED_AT_START_BYTES:
-        what = f"a {remote} source" if remote else f"{text_bytes / 1e6:,.0f} MB of text"
+        what = f"a {remote} source" if remote else f"about {format_text_bytes(text_bytes)} of text"
         raise UserError(
             f"{directory}: no prepared tokens there, and with {what} every rank would wait for them; first run "
             f"dsllm data prepare with this spec"
         )
+
+
+def _text_bytes(spec: Spec) -> int:
+    """Text in the files of all sources, about, without reading it; DataError for a source that is not there."""
+    kinds = {label: source.kind for label, source in labelled_sources(spec).items()}
+    return sum(
+        file.size_bytes * (TEXT_IN_COMPRESSED if file.codec or kinds[label] == "parquet" else 1)
+        for label, source in open_sources(spec).items()
+        if isinstance(source, FileSource)
+        for file in source.files
+    )
 
 
 def _log_uses(samples: RunSamples, spec: Spec, batch: BatchPlan) -> None:

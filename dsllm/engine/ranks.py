@@ -15,6 +15,7 @@ import torch.distributed as distributed
 from deepspeed.accelerator import get_accelerator
 
 from dsllm.errors import DsllmError, UserError
+from dsllm.launch.devices import num_cores
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ def join() -> World:
     size = distributed.get_world_size()
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size)
     if device_type() == "cpu":
-        torch.set_num_threads(max(1, _num_cores() // local_size))
+        torch.set_num_threads(max(1, num_cores() // local_size))
     return World(distributed.get_rank(), size, local_size)
 
 
@@ -134,8 +135,3 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

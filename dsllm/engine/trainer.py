@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from deepspeed import DeepSpeedEngine
 
+from dsllm.data.loader import MicroBatch
 from dsllm.engine import guards, ranks
 from dsllm.engine.memory_meter import MemoryMeter
 
 Record = dict[str, Any]
-MicroBatches = Iterator[dict[str, torch.Tensor]]
 
 
 def train(
     engine: DeepSpeedEngine,
-    micro_batches: MicroBatches,
+    micro_batches: Iterator[MicroBatch],
     *,
     first_step: int,
     train_steps: int,
@@ -56,7 +56,7 @@ def train(
 
 
 def train_step(
-    engine: DeepSpeedEngine, micro_batches: MicroBatches, stop: guards.StopRequest, memory: MemoryMeter
+    engine: DeepSpeedEngine, micro_batches: Iterator[MicroBatch], stop: guards.StopRequest, memory: MemoryMeter
 ) -> Record:
     """One optimizer update: forward and backward for each micro-batch; DeepSpeed accumulates, reduces, clips, steps.
 

@@ -1,5 +1,5 @@
-"""This machine's own devices, without torch: GPUs and their free memory, asked of the driver's program, and where it
-is kept what was calibrated here."""
+"""This machine's own devices, without torch: its cores, GPUs and their free memory, asked of the driver's program, and
+where it is kept what was calibrated here."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ class LocalGpu:
     used_bytes: int
     """By processes; what the driver keeps for itself is neither used nor free."""
     free_bytes: int
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def calibration_file() -> Path:

@@ -14,11 +14,10 @@ import torch.nn.functional as functional
 from torch import nn
 from transformers import PreTrainedModel
 
+from dsllm.data.samples import IGNORED_LABEL
 from dsllm.model.document_mask import document_mask
 from dsllm.plan.activations import CHUNK_LOGITS_BYTES, PRODUCT_BYTES
 from dsllm.plan.workload import LossImplementation
-
-IGNORED_LABEL = -100
 
 
 class TrainingModel(nn.Module):

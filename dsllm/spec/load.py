@@ -51,11 +51,11 @@ def find_spec(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    if path.is_dir():
-        raise UserError(f"{name_or_path}: a folder; give the spec file in it")
     preset = PRESETS / f"{name_or_path.removesuffix('.yaml')}.yaml"
     if preset.parent == PRESETS and preset.is_file():
         return preset
+    if path.is_dir():
+        raise UserError(f"{name_or_path}: a folder; give the spec file in it")
     raise UserError(_not_found(name_or_path))
 
 

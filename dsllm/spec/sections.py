@@ -101,7 +101,7 @@ class SentencePieceTokenizer(Section):
     algorithm: Literal["bpe", "unigram"] = "bpe"
     """How the vocabulary is found."""
     training_bytes: PositiveInt = 50_000_000
-    """Text to train on at most, taken from the start of every source by its weight."""
+    """Text to train on at most, taken in equal parts from the start of every source."""
 
 
 class BpeTokenizer(Section):
@@ -112,7 +112,7 @@ class BpeTokenizer(Section):
     vocab_size: Annotated[int, Field(ge=300)] = 8192
     """Tokens in the vocabulary; 256 of them are bytes, so that any text can be written."""
     training_bytes: PositiveInt = 50_000_000
-    """Text to train on at most, taken from the start of every source by its weight."""
+    """Text to train on at most, taken in equal parts from the start of every source."""
 
 
 Tokenizer = Annotated[PretrainedTokenizer | SentencePieceTokenizer | BpeTokenizer, Field(discriminator="kind")]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from dsllm.data.preparation.piece_store import load_keys
 
+_BLOCK_BYTES = 2**20
 _KEYS_AT_ONCE = 2**23
 """Keys that are sorted together: about 400 MB with what sorting needs."""
 
@@ -21,8 +22,9 @@ class Copies:
         """Compare all documents of the pieces (see piece_store.py); the first of several alike is no copy."""
         self._ends = np.cumsum([len(load_keys(piece)) for piece in pieces])
         num_documents = int(self._ends[-1]) if pieces else 0
-        # A file of no bytes cannot be mapped.
-        self._marks = np.memmap(marks_file, np.bool_, "w+", shape=max(num_documents, 1))
+        size_bytes = max(num_documents, 1)  # a file of no bytes cannot be mapped
+        _write_zeros(marks_file, size_bytes)
+        self._marks = np.memmap(marks_file, np.bool_, "r+", shape=size_bytes)
         num_parts = -(-num_documents // _KEYS_AT_ONCE)
         for part in range(num_parts):
             self._marks[_copies_in(pieces, part, num_parts)] = True
@@ -31,6 +33,13 @@ class Copies:
         """The marks of the documents that begin in the piece of that index."""
         start = self._ends[index - 1] if index else 0
         return np.array(self._marks[start : self._ends[index]])
+
+
+def _write_zeros(file: Path, size_bytes: int) -> None:
+    """Written out, because a map of a file with holes dies of a full disk where a write tells of it."""
+    with file.open("wb") as zeros:
+        for start in range(0, size_bytes, _BLOCK_BYTES):
+            zeros.write(bytes(min(_BLOCK_BYTES, size_bytes - start)))
 
 
 def _copies_in(pieces: Sequence[Path], part: int, num_parts: int) -> npt.NDArray[np.int64]:

@@ -137,10 +137,16 @@ class _Worker:
         return Done(task.piece.size_bytes, encoded.num_documents, int(encoded.text_bytes.sum()), len(encoded.tokens))
 
     def _check(self, document: Document, ids: np.ndarray) -> None:
+        """DataError for ids that cannot be right: no document may hold the end of another."""
         if len(ids) and ids.max() >= self._encoding.vocab_size:
             raise DataError(
                 f"{document.identity}: the tokenizer gives it the token {ids.max()}, but says that it has "
                 f"{self._encoding.vocab_size} tokens; its folder is damaged: save the tokenizer again"
+            )
+        if (ids == self._encoding.end_of_text_id).any():
+            raise DataError(
+                f"{document.identity}: the tokenizer reads its end-of-text token out of the text; "
+                f"choose a tokenizer that keeps text apart from it"
             )
 
 

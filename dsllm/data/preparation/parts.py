@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from dsllm.data.preparation.assemble import assemble, check_joined, finish, reuse
 from dsllm.data.preparation.encode import encoder, is_much
 from dsllm.data.preparation.join import Joiner
 from dsllm.data.preparation.piece_store import PieceFile
-from dsllm.data.preparation.pipeline import Part, Pipeline, Progress, size_of
-from dsllm.data.preparation.recipe import Recipe, prepared_fields, settle_recipe
-from dsllm.data.preparation.workplace import PART_FILE, PIECES, STAGING, refuse_foreign_files, workplace
-from dsllm.data.prepare import SHARDS, finish, join, num_cores, open_sources, reuse
-from dsllm.data.shards import MANIFEST_FILE, TOKENIZER_DIRECTORY, Manifest, Record, read_manifest, write_durably
+from dsllm.data.preparation.pipeline import InputChangedError, Part, Pipeline, Progress, size_of
+from dsllm.data.preparation.recipe import Recipe, open_sources, prepared_fields, settle_recipe
+from dsllm.data.preparation.workplace import (
+    PART_FILE,
+    PIECES,
+    SHARDS,
+    STAGING,
+    refuse_foreign_files,
+    start_over,
+    workplace,
+)
+from dsllm.data.shards import (
+    MANIFEST_FILE,
+    TOKENIZER_DIRECTORY,
+    Manifest,
+    Record,
+    file_sha256,
+    read_manifest,
+    write_durably,
+)
 from dsllm.errors import UserError
+from dsllm.launch.devices import num_cores
 from dsllm.spec.sections import Spec
 
 
@@ -43,6 +60,8 @@ class PartRecord(Record):
     recipe: Recipe
     num_pieces: int
     """Of all parts together."""
+    pieces_sha256: str
+    """Of the names and sizes of all those."""
     pieces: tuple[PartPiece, ...]
 
 
@@ -74,28 +93,53 @@ def prepare_part(
 ) -> PartRecord:
     """Make the pieces of one part in `folder`; those that are there are reused. Raises as `prepare` does."""
     with workplace(folder, {**prepared_fields(spec), "part": [part.number, part.of]}):
-        on_progress(Progress())
-        sources = open_sources(spec, skip_bad_lines=skip_bad_lines)
-        pipeline = Pipeline(sources, folder / PIECES, part=part, on_progress=on_progress)
-        with encoder(processes or num_cores(), much=is_much(size_of(sources))) as encode:
-            recipe = settle_recipe(spec, folder, skip_bad_lines=skip_bad_lines)
-            files = list(pipeline.run(encode, recipe.encoding(spec, folder)))
-        record = PartRecord(
-            number=part.number,
-            of=part.of,
-            inputs=prepared_fields(spec),
-            recipe=recipe,
-            num_pieces=pipeline.num_pieces,
-            pieces=tuple(
-                PartPiece(position=position, label=file.label, index=file.index, name=file.name, stamp=file.stamp)
-                for position, file in zip(range(part.number - 1, pipeline.num_pieces, part.of), files, strict=True)
-            ),
-        )
-        write_durably(folder / PART_FILE, record.model_dump_json(indent=1).encode())
+        while (record := _try(spec, folder, part, processes or num_cores(), skip_bad_lines, on_progress)) is None:
+            start_over(folder)
     return record
 
 
-def merge(spec: Spec, directory: Path | str, folders: Sequence[Path]) -> Manifest:
+def _try(
+    spec: Spec,
+    folder: Path,
+    part: Part,
+    processes: int,
+    skip_bad_lines: bool,
+    on_progress: Callable[[Progress], None],
+) -> PartRecord | None:
+    """The part, made or completed; None where the text is no longer what an earlier attempt settled its recipe on."""
+    on_progress(Progress())
+    sources = open_sources(spec, skip_bad_lines=skip_bad_lines)
+    pipeline = Pipeline(sources, folder / PIECES, part=part, on_progress=on_progress)
+    with encoder(processes, much=is_much(size_of(sources))) as encode:
+        try:
+            recipe = settle_recipe(spec, sources, folder, skip_bad_lines=skip_bad_lines)
+        except InputChangedError:
+            return None
+        files = list(pipeline.run(encode, recipe.encoding(spec, folder)))
+    positions = range(part.number - 1, pipeline.num_pieces, part.of)
+    record = PartRecord(
+        number=part.number,
+        of=part.of,
+        inputs=prepared_fields(spec),
+        recipe=recipe,
+        num_pieces=pipeline.num_pieces,
+        pieces_sha256=pipeline.pieces_sha256,
+        pieces=tuple(
+            PartPiece(position=position, label=file.label, index=file.index, name=file.name, stamp=file.stamp)
+            for position, file in zip(positions, files, strict=True)
+        ),
+    )
+    write_durably(folder / PART_FILE, record.model_dump_json(indent=1).encode())
+    return record
+
+
+def merge(
+    spec: Spec,
+    directory: Path | str,
+    folders: Sequence[Path],
+    *,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Manifest:
     """Join the parts in `folders` into `directory`: the same bytes as one machine would have prepared.
 
     Raises UserError where a part is missing, unfinished or of another spec. The parts are left as they are.
@@ -107,16 +151,39 @@ def merge(spec: Spec, directory: Path | str, folders: Sequence[Path]) -> Manifes
     _check_parts(spec, target, parts)
     refuse_foreign_files(target)
     staging = target / STAGING
-    recipe = next(iter(parts.values())).recipe
-    pieces = sorted((piece.position, piece.file(folder)) for folder, part in parts.items() for piece in part.pieces)
-    with workplace(staging, {**prepared_fields(spec), "parts": sorted(str(folder.resolve()) for folder in folders)}):
-        if not (staging / MANIFEST_FILE).is_file():
-            shutil.copytree(folders[0] / TOKENIZER_DIRECTORY, staging / TOKENIZER_DIRECTORY, dirs_exist_ok=True)
-            with Joiner(staging / SHARDS, recipe.routing(spec)) as joiner:
-                first = 0 if spec.data.drop_duplicates else len(joiner.joined)
-                join(spec, recipe, staging, (file for _, file in pieces[first:]), joiner, keep=True)
+    checksums = sorted(file_sha256(folder / PART_FILE) for folder in folders)
+    with workplace(staging, {**prepared_fields(spec), "parts": checksums}):
+        while not (staging / MANIFEST_FILE).is_file():
+            _join_parts(spec, staging, parts, on_progress)
         finish(staging)
     return read_manifest(target)
+
+
+def _join_parts(
+    spec: Spec, staging: Path, parts: Mapping[Path, PartRecord], on_progress: Callable[[Progress], None]
+) -> None:
+    """The manifest, and all that it names, in the staging folder; nothing where an earlier attempt joined others."""
+    pieces = [(piece.position, piece.file(folder)) for folder, part in parts.items() for piece in part.pieces]
+    files = [file for _, file in sorted(pieces, key=lambda piece: piece[0])]
+    folder, part = next(iter(parts.items()))
+    shutil.copytree(folder / TOKENIZER_DIRECTORY, staging / TOKENIZER_DIRECTORY, dirs_exist_ok=True)
+    try:
+        with Joiner(staging / SHARDS, part.recipe.routing(spec)) as joiner:
+            check_joined(joiner, files)
+            behind = files if spec.data.drop_duplicates else files[len(joiner.joined) :]
+            assemble(spec, part.recipe, staging, _reported(behind, on_progress), joiner, keep=True)
+    except InputChangedError:
+        start_over(staging)
+
+
+def _reported(files: Sequence[PieceFile], on_progress: Callable[[Progress], None]) -> Iterator[PieceFile]:
+    """The pieces, each told of before it is joined."""
+    sizes = [file.path.stat().st_size for file in files]
+    done_bytes = 0
+    for file, size_bytes in zip(files, sizes, strict=True):
+        yield file
+        done_bytes += size_bytes
+        on_progress(Progress(done_bytes=done_bytes, total_bytes=sum(sizes)))
 
 
 def _read_part(folder: Path) -> PartRecord:
@@ -142,7 +209,12 @@ def _check_parts(spec: Spec, directory: Path, parts: dict[Path, PartRecord]) -> 
     for folder, part in parts.items():
         if changed := [name for name in inputs if inputs[name] != part.inputs.get(name)]:
             raise UserError(f"{folder}: prepared from a spec with other values of {', '.join(changed)}; set them back")
-        if (part.recipe, part.num_pieces, part.of) != (first.recipe, first.num_pieces, first.of):
+        same_pieces = (part.of, part.num_pieces, part.pieces_sha256) == (
+            first.of,
+            first.num_pieces,
+            first.pieces_sha256,
+        )
+        if not (same_pieces and part.recipe.is_like(first.recipe)):
             raise UserError(
                 f"{folder}: does not belong with {first_folder}; their number of parts, tokenizer or text differ; "
                 f"prepare both from the same files with the same --shard …/N"

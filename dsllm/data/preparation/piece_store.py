@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,11 +52,6 @@ class EncodedPiece:
     def num_documents(self) -> int:
         return int(self.begins.sum())
 
-    def stretches(self) -> Iterator[tuple[int, int]]:
-        """First token and end of each stretch."""
-        ends = [*self.starts[1:].tolist(), len(self.tokens)]
-        return zip(self.starts.tolist(), ends, strict=True)
-
 
 @dataclass(frozen=True)
 class PieceFile:
@@ -71,7 +65,9 @@ class PieceFile:
 
     @property
     def path(self) -> Path:
-        digest = hashlib.blake2b(f"{self.name}\n{self.stamp}".encode(), digest_size=8).hexdigest()
+        digest = hashlib.blake2b(
+            f"{self.name}\n{self.stamp}".encode("utf-8", "surrogateescape"), digest_size=8
+        ).hexdigest()
         return self.folder / self.label / f"{self.index:06d}-{digest}.npz"
 
     @classmethod
@@ -150,5 +146,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with np.load(path) as arrays:
             yield arrays
-    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # zipfile and numpy have many for as many kinds of damage
         raise BadPieceError(str(path)) from error

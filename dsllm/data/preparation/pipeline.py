@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,6 +73,7 @@ class Pipeline:
         self._progress = Progress(total_bytes=None if all_bytes is None else all_bytes // part.of)
         self.num_pieces = 0
         """Pieces of all sources, and of all parts, that were seen."""
+        self._digest = hashlib.sha256()
 
     def run(self, encode: Encode, encoding: Encoding) -> Iterator[PieceFile]:
         """The pieces of the part that are not joined, in order, each as soon as its file is there.
@@ -87,11 +89,17 @@ class Pipeline:
         if self.num_pieces < len(self._joined):
             raise InputChangedError
 
+    @property
+    def pieces_sha256(self) -> str:
+        """Of the names and sizes of all pieces that were seen: alike on machines that have the same input."""
+        return self._digest.hexdigest()
+
     def _tasks(self, waiting: deque[PieceFile]) -> Iterable[Task]:
         """Tasks for the pieces that are missing; every piece is put in the queue."""
         for label, source in self._sources.items():
             for index, piece in enumerate(source.pieces(self._recall(label))):
                 position, self.num_pieces = self.num_pieces, self.num_pieces + 1
+                self._digest.update(f"{label}\n{piece.name}\n{piece.size_bytes}\n".encode("utf-8", "surrogateescape"))
                 file = PieceFile.of(self._store, label, index, piece)
                 if position < len(self._joined):
                     if not self._joined[position].is_of(file):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsllm.data.held_out import validation_threshold
 from dsllm.data.preparation.encode import Encoding
 from dsllm.data.preparation.join import Routing
-from dsllm.data.shards import TOKENIZER_DIRECTORY, Record, file_sha256, write_durably
+from dsllm.data.preparation.pipeline import InputChangedError
+from dsllm.data.preparation.workplace import RECIPE_FILE
+from dsllm.data.shards import TOKENIZER_DIRECTORY, Record, file_sha256, folder_checksums, write_durably
 from dsllm.data.sources.catalogue import kept_documents, open_source
-from dsllm.data.sources.piece import Dropped
+from dsllm.data.sources.piece import Dropped, OpenSource
 from dsllm.data.tokenizer import TOKENIZER_FILE, build_tokenizer, token_count
 from dsllm.spec.derived import source_labels
 from dsllm.spec.sections import Source, Spec
 
-_RECIPE_FILE = "recipe.json"
 _READ_TIME_FIELDS = {"directory", "packing", "mask_documents", "max_epochs"}
 """Fields of `data` that decide how tokens are read, not what is prepared."""
 
@@ -30,6 +32,14 @@ class Recipe(Record):
     vocab_size: int
     end_of_text_id: int
     tokenizer_sha256: str
+    tokenizer_files: dict[str, str]
+    """SHA-256 of every file of the tokenizer's folder."""
+    stamps: dict[str, str]
+    """Of the sources, by label: they change with the text, on the machine that settled it."""
+
+    def is_like(self, other: Recipe) -> bool:
+        """Whether both make the same tokens of a text."""
+        return self.model_copy(update={"stamps": other.stamps}) == other
 
     def encoding(self, spec: Spec, folder: Path) -> Encoding:
         """For the processes that tokenize; `folder` is the one of `settle_recipe`."""
@@ -71,16 +81,32 @@ def labelled_sources(spec: Spec) -> dict[str, Source]:
     return dict(zip(source_labels(spec.data), (*spec.data.sources, *spec.data.validation_sources), strict=True))
 
 
-def settle_recipe(spec: Spec, folder: Path, *, skip_bad_lines: bool = False) -> Recipe:
-    """Choose what is held out and make the tokenizer in `folder`, or read what an earlier attempt settled there.
+def open_sources(spec: Spec, *, skip_bad_lines: bool = False) -> dict[str, OpenSource]:
+    """Every source, opened before anything is read, so that one that is missing is told at once.
 
-    Raises DataError for sources that cannot be used, or do not suffice for the tokenizer.
+    Those that are only validated on come first: of documents with the same text, the first is kept.
     """
-    file = folder / _RECIPE_FILE
+    sources = labelled_sources(spec)
+    validated_first = sorted(sources, key=lambda label: label not in list(sources)[len(spec.data.sources) :])
+    return {label: open_source(sources[label], skip_bad_lines=skip_bad_lines) for label in validated_first}
+
+
+def settle_recipe(
+    spec: Spec, sources: Mapping[str, OpenSource], folder: Path, *, skip_bad_lines: bool = False
+) -> Recipe:
+    """Choose what is held out and make the tokenizer in `folder`, or take what an earlier attempt settled there.
+
+    Raises DataError for sources that cannot be used, or do not suffice for the tokenizer; InputChangedError where an
+    earlier attempt settled it on other text.
+    """
+    file, directory = folder / RECIPE_FILE, folder / TOKENIZER_DIRECTORY
+    stamps = {label: source.stamp for label, source in sources.items()}
     if file.is_file():
-        return Recipe.model_validate_json(file.read_bytes())
+        earlier = Recipe.model_validate_json(file.read_bytes())
+        if earlier.stamps != stamps or earlier.tokenizer_files != folder_checksums(directory):
+            raise InputChangedError
+        return earlier
     threshold = held_out_threshold(spec, skip_bad_lines=skip_bad_lines)
-    directory = folder / TOKENIZER_DIRECTORY
     shutil.rmtree(directory, ignore_errors=True)
     tokenizer = build_tokenizer(spec, directory, held_out_below=threshold, skip_bad_lines=skip_bad_lines)
     recipe = Recipe(
@@ -88,9 +114,19 @@ def settle_recipe(spec: Spec, folder: Path, *, skip_bad_lines: bool = False) -> 
         vocab_size=token_count(tokenizer),
         end_of_text_id=tokenizer.eos_token_id,
         tokenizer_sha256=file_sha256(directory / TOKENIZER_FILE),
+        tokenizer_files=folder_checksums(directory),
+        stamps=stamps,
     )
+    _sync(directory)  # the recipe vouches for it
     write_durably(file, recipe.model_dump_json().encode())
     return recipe
+
+
+def _sync(directory: Path) -> None:
+    """Wait until the files of the folder are on the disk."""
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def held_out_threshold(spec: Spec, *, skip_bad_lines: bool = False) -> int:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from dsllm.data.shards import INDEX_DTYPE, Record, Shard, StreamRecord, Tokens
+from dsllm.data.shards import INDEX_DTYPE, Record, Shard, StreamRecord, Tokens, edges_sha256
 from dsllm.errors import DsllmError
 
 _READ_BYTES = 2**20
@@ -136,13 +136,15 @@ class _OpenShard:
             pass
 
     def finish(self) -> Shard:
+        sha256, index_sha256 = self._tokens_file.finish(), self._index_file.finish()
         return Shard(
             file=self._tokens_file.path.name,
             index=self._index_file.path.name,
             tokens=self.tokens,
             documents=self.documents,
-            sha256=self._tokens_file.finish(),
-            index_sha256=self._index_file.finish(),
+            sha256=sha256,
+            edges_sha256=edges_sha256(self._tokens_file.path),
+            index_sha256=index_sha256,
         )
 
 

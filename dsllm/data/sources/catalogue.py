@@ -59,12 +59,14 @@ def documents(source: Source, *, skip_bad_lines: bool = False) -> Iterator[Docum
 
 
 def kept_documents(piece: Piece, min_characters: int, dropped: Dropped) -> Iterator[Document]:
-    """Documents of the piece that hold more than white space and are long enough; the others are counted."""
+    """Documents of the piece that hold more than white space and are long enough; the others are counted.
+
+    Of a long one all parts are kept, or none; it is counted where it begins.
+    """
     for document in piece.documents(dropped):
-        is_whole = document.begins and document.ends
-        if is_whole and not document.text.strip():
-            dropped["empty"] += 1
-        elif is_whole and len(document.text) < min_characters:
-            dropped["too short"] += 1
+        if document.is_blank:
+            dropped["empty"] += document.begins
+        elif document.characters < min_characters:
+            dropped["too short"] += document.begins
         else:
             yield document

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from datasets import IterableDataset
 
-from dsllm.data.sources.messages import describe, not_text, one_line
+from dsllm.data.sources.messages import broke_off, describe, not_text
 from dsllm.data.sources.piece import Document, Dropped, Recall, State
-from dsllm.errors import DsllmError
 from dsllm.spec.sections import HuggingFaceSource
 
 _BATCH_ROWS = 20
@@ -52,7 +51,7 @@ class DatasetStream:
         rows = self.dataset.select_columns(self.source.text_column)
         row = 0
         state: State | None = None
-        while (known := recall(f"rows:{row}")) and known["stamp"] == self.stamp:
+        while (known := recall(f"rows:{row}")) and known["stamp"] == self._stamp(known["next_row"]):
             yield self._piece(row, known, None)
             row, state = known["next_row"], known
         if state:
@@ -68,12 +67,17 @@ class DatasetStream:
         if texts:
             yield self._piece(row, self._state(rows, row + len(texts), size_bytes), texts)
 
+    def _stamp(self, next_row: int) -> str:
+        """Of the piece that ends there: pieces of another size hold other rows under the same name."""
+        return f"{self.stamp}:{self.piece_bytes}:{next_row}"
+
     def _state(self, rows: IterableDataset, next_row: int, size_bytes: int) -> State:
-        return {"stamp": self.stamp, "next_row": next_row, "size_bytes": size_bytes, "stream": rows.state_dict()}
+        stamp = self._stamp(next_row)
+        return {"stamp": stamp, "next_row": next_row, "size_bytes": size_bytes, "stream": rows.state_dict()}
 
     def _piece(self, row: int, state: State, texts: list[str] | None) -> StreamPiece:
         carried = tuple(texts) if texts is not None else None
-        return StreamPiece(f"rows:{row}", self.stamp, state["size_bytes"], state, self.prefix, row, carried)
+        return StreamPiece(f"rows:{row}", state["stamp"], state["size_bytes"], state, self.prefix, row, carried)
 
     def _batches(self, rows: IterableDataset) -> Iterator[list[str]]:
         batches = rows.iter(batch_size=_BATCH_ROWS)
@@ -81,10 +85,7 @@ class DatasetStream:
             try:
                 batch = next(batches, None)
             except Exception as error:  # of the network, of a file's reader, of fsspec: they have no kind in common
-                raise DsllmError(
-                    f"{describe(self.source)}: the stream broke off ({one_line(error)}); what is prepared is kept: "
-                    f"the same command goes on from there"
-                ) from error
+                raise broke_off(self.source, error) from error
             if batch is None:
                 return
             yield [self._text(cell) for cell in batch[self.source.text_column]]

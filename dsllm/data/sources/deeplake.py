@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dsllm.data.sources.messages import describe, no_column, not_text, one_line
+from dsllm.data.sources.messages import broke_off, describe, no_column, not_text, one_line
 from dsllm.data.sources.piece import PIECE_BYTES, Document, Dropped, OpenSource, Recall, State
 from dsllm.errors import DataError
 from dsllm.spec.sections import DeepLakeSource
@@ -22,11 +22,21 @@ _BATCH_ROWS = 100
 def open_deeplake(source: DeepLakeSource, piece_bytes: int | None = None) -> OpenSource:
     """The dataset's text column. Raises DataError where it cannot be opened or has no such column."""
     address = source.path if "://" in source.path else str(Path(source.path).expanduser())
-    dataset = _open(address, describe(source))
-    _check_column(source, dataset)
-    facts = (getattr(dataset, "id", None), getattr(dataset, "version", None), len(dataset))  # Deep Lake 3 has neither
+    described = describe(source)
+    dataset = _open(address, described)
+    try:
+        _check_column(source, dataset)
+        facts = (
+            getattr(dataset, "id", None),
+            getattr(dataset, "version", None),
+            len(dataset),
+        )  # neither in Deep Lake 3
+        mean_bytes = _mean_bytes(dataset[source.text_column], min(len(dataset), _SAMPLE_ROWS))
+    except DataError:
+        raise
+    except Exception as error:
+        raise _not_opened(described, error) from error
     stamp = hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
-    mean_bytes = _mean_bytes(dataset[source.text_column], min(len(dataset), _SAMPLE_ROWS))
     return DeepLakeColumn(source, address, len(dataset), mean_bytes, stamp, piece_bytes or PIECE_BYTES)
 
 
@@ -43,10 +53,14 @@ def _open(address: str, described: str) -> Any:
         try:  # a dataset that Deep Lake 3 wrote is found by a query alone
             return deeplake.query(f'SELECT * FROM "{address}"')
         except Exception:
-            raise DataError(
-                f"{described}: cannot be opened ({one_line(error)}); correct the path, mend the network, or log in "
-                f"(ACTIVELOOP_TOKEN); what Deep Lake 3 wrote and this one cannot read, deeplake.convert rewrites"
-            ) from error
+            raise _not_opened(described, error) from error
+
+
+def _not_opened(described: str, error: Exception) -> DataError:
+    return DataError(
+        f"{described}: cannot be opened ({one_line(error)}); correct the path, mend the network, or log in "
+        f"(ACTIVELOOP_TOKEN); what Deep Lake 3 wrote and this one cannot read, deeplake.convert rewrites"
+    )
 
 
 @lru_cache(maxsize=2)
@@ -72,7 +86,7 @@ class DeepLakePiece:
     address: str
     start: int
     stop: int
-    stamp: str
+    dataset_stamp: str
     size_bytes: int
     state: State | None = None
 
@@ -80,12 +94,22 @@ class DeepLakePiece:
     def name(self) -> str:
         return f"rows:{self.start}"
 
+    @property
+    def stamp(self) -> str:
+        return f"{self.dataset_stamp}:{self.stop}"
+
     def documents(self, dropped: Dropped) -> Iterator[Document]:
-        """A document a row."""
+        """A document a row. Raises DsllmError where reading breaks off."""
         name = Path(self.source.path).name
-        dataset = _kept_open(self.address, describe(self.source), self.stamp)
-        for row, text in enumerate(_texts(dataset[self.source.text_column], self.start, self.stop), self.start):
+        for row, text in enumerate(self._cells(), self.start):
             yield Document(f"deeplake:{name}:{row}", text)
+
+    def _cells(self) -> Iterator[str]:
+        dataset = _kept_open(self.address, describe(self.source), self.dataset_stamp)
+        try:
+            yield from _texts(dataset[self.source.text_column], self.start, self.stop)
+        except Exception as error:
+            raise broke_off(self.source, error) from error
 
 
 @dataclass(frozen=True)

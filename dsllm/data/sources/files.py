@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,11 +37,10 @@ class FoundFile:
 
 def find_files(source: TextSource | JsonlSource | ParquetSource, suffixes: tuple[str, ...]) -> list[FoundFile]:
     """Files of the source's path, sorted by name: the file itself, those of a glob, or those of a folder with one of
-    the suffixes, hidden ones left out. Raises DataError where there are none."""
+    the suffixes, hidden ones left out. Raises DataError where there are none, or a folder cannot be read."""
     path = Path(source.path).expanduser()
     if path.is_dir():
-        visible = (file for file in path.rglob("*") if not _is_hidden(file, path))
-        return describe_files(source, (file for file in visible if file.name.endswith(suffixes)), path)
+        return describe_files(source, (file for file in _visible_files(path) if file.name.endswith(suffixes)), path)
     if path.exists():
         return describe_files(source, [path], path.parent)
     matches = [Path(match) for match in glob.iglob(str(path), recursive=True)]
@@ -160,6 +160,10 @@ def _cut_short(file: FoundFile) -> DataError:
 
 def _described(path: Path, root: Path) -> FoundFile:
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # its name goes into messages, and into what is stored of a piece
+        raise DataError(f"{str(path)!r}: the name is not UTF-8; rename the file, or the folder it is in") from error
+    try:
         status = path.stat()
     except OSError as error:
         raise unreadable(str(path), error) from error
@@ -167,8 +171,21 @@ def _described(path: Path, root: Path) -> FoundFile:
     return FoundFile(str(path), name, status.st_size, f"{status.st_size}:{status.st_mtime_ns}")
 
 
-def _is_hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+def _visible_files(root: Path) -> Iterator[Path]:
+    """Files below a folder, hidden ones left out; links to folders are followed, as `**` in a glob follows them."""
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(str(error.filename), error) from error
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse):
+        visible = (Path(folder, name) for name in folders if not name.startswith("."))
+        folders[:] = [path.name for path in visible if not _leads_back(path)]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in, which following would never end."""
+    return os.path.islink(folder) and any(folder.samefile(above) for above in folder.absolute().parents)
 
 
 def _folder_above_wildcards(pattern: Path) -> Path:

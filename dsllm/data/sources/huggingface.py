@@ -13,11 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, Value, load_dataset, load_dataset_builder, load_from_disk
-from datasets.exceptions import DatasetsError
 
 from dsllm.data.sources.dataset_stream import DatasetStream
 from dsllm.data.sources.messages import describe, no_column, no_text, not_text, one_line
-from dsllm.data.sources.piece import PIECE_BYTES, Document, Dropped, OpenSource, Recall, State
+from dsllm.data.sources.piece import PIECE_BYTES, Document, Dropped, OpenSource, Recall, State, ranges
 from dsllm.errors import DataError
 from dsllm.spec.sections import HuggingFaceSource
 
@@ -26,10 +25,11 @@ def open_huggingface(source: HuggingFaceSource, piece_bytes: int | None = None) 
     """The split of the dataset. Raises DataError where it cannot be loaded, or has no such column of text."""
     try:
         dataset, stamp = _load(source)
-    # The library's own words for what is missing follow; a folder that is damaged gives a ValueError of pyarrow's.
-    except (OSError, ValueError, DatasetsError) as error:
+        _check_column(source, dataset)
+    except DataError:
+        raise
+    except Exception as error:  # of the library, of pyarrow, of the network: they have no kind in common
         raise _not_loaded(source, error) from error
-    _check_column(source, dataset)
     prefix = f"huggingface:{Path(source.name).name}:{source.subset or ''}:{source.split}"
     if isinstance(dataset, Dataset):
         return DatasetRows(dataset.select_columns(source.text_column), stamp, prefix, piece_bytes or PIECE_BYTES)
@@ -143,20 +143,13 @@ class DatasetRows:
     def pieces(self, recall: Recall) -> Iterator[RowsPiece]:
         """Rows for a piece's worth of text each."""
         size_bytes, num_rows = self.size_bytes, self.dataset.num_rows
-        for start, stop in _row_ranges(self.dataset.data.table.column(0), self.piece_bytes):
+        for start, stop in ranges(_lengths(self.dataset.data.table.column(0)), self.piece_bytes):
             share = size_bytes * stop // num_rows - size_bytes * start // num_rows
-            yield RowsPiece(self.dataset, start, stop, start, self.stamp, self.prefix, share)
+            stamp = f"{self.stamp}:{stop}"
+            yield RowsPiece(self.dataset, start, stop, start, stamp, self.prefix, share)
 
 
-def _row_ranges(column: pa.ChunkedArray, piece_bytes: int) -> Iterator[tuple[int, int]]:
-    """Rows that hold up to `piece_bytes` of text together, or a single one, from the lengths alone."""
-    start = row = filled = 0
+def _lengths(column: pa.ChunkedArray) -> Iterator[int]:
+    """Bytes of each text, which are found without reading it."""
     for chunk in column.chunks:
-        for length in pc.fill_null(pc.binary_length(chunk), 0).to_pylist():
-            if row > start and filled + length > piece_bytes:
-                yield start, row
-                start, filled = row, 0
-            filled += length
-            row += 1
-    if row > start:
-        yield start, row
+        yield from pc.fill_null(pc.binary_length(chunk), 0).to_pylist()

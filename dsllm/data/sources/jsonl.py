@@ -70,7 +70,7 @@ class JsonlReader:
                 if not self.skip_bad_lines:
                     raise DataError(
                         f"{span.file.path}: line {_line_number(span.file, start)} {error.problem}; {error.remedy}, or "
-                        f"leave such lines out with --skip-bad-lines"
+                        f"leave such lines out with dsllm data prepare --skip-bad-lines"
                     ) from error
                 dropped["bad line"] += 1
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dsllm.data.sources.piece import Dropped
-from dsllm.errors import DataError
+from dsllm.errors import DataError, DsllmError
 from dsllm.spec.sections import Source
 
 
@@ -32,6 +32,14 @@ def no_column(where: str, column: str, existing: Iterable[str]) -> DataError:
 def not_text(where: str, column: str, holds: object) -> DataError:
     """The error for a column, or a cell of it, that holds something else."""
     return DataError(f"{where}: column {column!r} holds {holds}; set text_column to a column of text")
+
+
+def broke_off(source: Source, error: Exception) -> DsllmError:
+    """The error for a dataset that was opened, and cannot be read on."""
+    return DsllmError(
+        f"{describe(source)}: reading broke off ({one_line(error)}); what is prepared is kept: "
+        f"the same command goes on from there"
+    )
 
 
 def describe(source: Source) -> str:

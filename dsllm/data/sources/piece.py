@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,16 +37,41 @@ class Document:
     ends: bool = True
     whole_key: bytes | None = None
     """The key of the whole document, where this is a part of one."""
+    whole_characters: int | None = None
+    whole_is_blank: bool | None = None
 
     @property
     def key(self) -> bytes:
         """Sixteen bytes that depend on the document's whole text alone: which split it is in, and what is a copy."""
         return self.whole_key if self.whole_key is not None else text_key(self.text.encode("utf-8", "surrogatepass"))
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether the whole document holds white space alone."""
+        return not self.text.strip() if self.whole_is_blank is None else self.whole_is_blank
+
+    @property
+    def characters(self) -> int:
+        """Length of the whole document."""
+        return len(self.text) if self.whole_characters is None else self.whole_characters
+
 
 def text_key(content: bytes) -> bytes:
     """The key of a document of that text, in UTF-8."""
     return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+
+
+def ranges(lengths: Iterable[int], most: int) -> Iterator[tuple[int, int]]:
+    """Neighbours `[start, stop)` whose lengths sum up to `most` at most, or a single longer one."""
+    start = stop = filled = 0
+    for length in lengths:
+        if stop > start and filled + length > most:
+            yield start, stop
+            start, filled = stop, 0
+        filled += length
+        stop += 1
+    if stop > start:
+        yield start, stop
 
 
 class Piece(Protocol):
@@ -58,7 +83,7 @@ class Piece(Protocol):
 
     @property
     def stamp(self) -> str:
-        """Changes when its input does: the times and sizes of files, a dataset's fingerprint."""
+        """Changes when its input does: the times and sizes of files, a dataset's fingerprint, where the piece ends."""
 
     @property
     def size_bytes(self) -> int:
@@ -78,6 +103,10 @@ class OpenSource(Protocol):
     @property
     def size_bytes(self) -> int | None:
         """Input in all, in bytes as they are stored, for the time left; None where nobody knows."""
+
+    @property
+    def stamp(self) -> str:
+        """Changes when any of its input does."""
 
     def pieces(self, recall: Recall) -> Iterator[Piece]:
         """Its pieces in order. A stream goes on behind the pieces that `recall` knows, and yields those unread."""

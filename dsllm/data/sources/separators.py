@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ def stretches(blocks: Iterable[bytes], separator: bytes | None, stretch_bytes: i
             if ahead.text or (separator is None and ahead.start == 0):
                 yield Stretch(ahead.start, ahead.start + len(ahead.text))
             return
-        if separator and (line := _last_separator_line(ahead.text, separator, stretch_bytes)):
+        if separator and (line := _last_separator_line(ahead, separator, stretch_bytes)):
             if line[0]:
                 yield Stretch(ahead.start, ahead.start + line[0])
             ahead.drop(line[1])
@@ -52,7 +53,7 @@ def stretches(blocks: Iterable[bytes], separator: bytes | None, stretch_bytes: i
 def whole_documents(text: bytes, separator: bytes) -> Iterator[tuple[int, bytes]]:
     """The documents between the separator lines of a text, and where each begins; no bytes are no document."""
     begin = 0
-    while line := _separator_line(text, separator, begin):
+    while line := _separator_line(text, separator, begin, is_last=True):
         if line[0] > begin:
             yield begin, text[begin : line[0]]
         begin = line[1]
@@ -63,48 +64,53 @@ def whole_documents(text: bytes, separator: bytes) -> Iterator[tuple[int, bytes]
 def _parts(ahead: _Ahead, separator: bytes | None, part_bytes: int) -> Iterator[Stretch]:
     """The parts of the document that begins here. It is read to its end first, for its key."""
     document = _LongDocument(ahead.start, part_bytes)
+    # What stays may be the beginning of a separator line, and the newline before it.
+    stays = len(separator) + 3 if separator else 0
     search = 0
-    while not (line := _separator_line(ahead.text, separator, search) if separator else None) and not ahead.is_last:
-        # What stays may be the beginning of a separator line, and the newline before it.
-        stays = len(separator) + 3 if separator else 0
+    while not (line := _next_separator_line(ahead, separator, search)) and not ahead.is_last:
         document.add(ahead.text[:-stays] if stays else ahead.text)
         ahead.drop(len(ahead.text) - stays)
-        ahead.fill(_BLOCK_BYTES)
+        ahead.fill(stays + _BLOCK_BYTES)
         search = 1
     document.add(ahead.text[: line[0]] if line else ahead.text)
     ahead.drop(line[1] if line else len(ahead.text))
     yield from document.parts()
 
 
-def _separator_line(text: bytes, separator: bytes, search: int) -> Line | None:
+def _next_separator_line(ahead: _Ahead, separator: bytes | None, search: int) -> Line | None:
+    return _separator_line(ahead.text, separator, search, is_last=ahead.is_last) if separator else None
+
+
+def _separator_line(text: bytes, separator: bytes, search: int, *, is_last: bool) -> Line | None:
     """The first separator line from a place on: the separator with nothing but a newline, or carriage return and
     newline, behind it."""
     while (at := text.find(separator, search)) >= 0:
-        if line := _line_at(text, separator, at):
+        if line := _line_at(text, separator, at, is_last=is_last):
             return line
         search = at + 1
     return None
 
 
-def _last_separator_line(text: bytes, separator: bytes, limit: int) -> Line | None:
+def _last_separator_line(ahead: _Ahead, separator: bytes, limit: int) -> Line | None:
     """The last one that begins at `limit` or before."""
     end = limit + len(separator)
-    while (at := text.rfind(separator, 0, end)) >= 0:
-        if line := _line_at(text, separator, at):
+    while (at := ahead.text.rfind(separator, 0, end)) >= 0:
+        if line := _line_at(ahead.text, separator, at, is_last=ahead.is_last):
             return line
         end = at + len(separator) - 1
     return None
 
 
-def _line_at(text: bytes, separator: bytes, at: int) -> Line | None:
-    """The separator line at that place, if it is one."""
+def _line_at(text: bytes, separator: bytes, at: int, *, is_last: bool) -> Line | None:
+    """The separator line at that place, if it is one. The text's end ends a line only where nothing follows."""
     end = at + len(separator)
     following = text[end : end + 2]
     if at and text[at - 1 : at] != b"\n":
         return None
     if following[:1] == b"\n":
         return at, end + 1
-    return (at, end + len(following)) if following in (b"\r\n", b"\r", b"") else None
+    endings = (b"\r\n", b"\r", b"") if is_last else (b"\r\n",)
+    return (at, end + len(following)) if following in endings else None
 
 
 class _Ahead:
@@ -142,9 +148,16 @@ class _LongDocument:
         self._part_bytes = part_bytes
         self._recent = b""
         self._hash = hashlib.blake2b(digest_size=KEY_BYTES)
+        # Whatever is no UTF-8 is refused when it is read.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+        self._is_blank = True
 
     def add(self, content: bytes) -> None:
         self._hash.update(content)
+        characters = self._decoder.decode(content)
+        self._characters += len(characters)
+        self._is_blank = self._is_blank and (not characters or characters.isspace())
         self._end += len(content)
         self._recent += content
         while self._end - self._cuts[-1] > self._part_bytes and (cut := self._next_cut()) is not None:
@@ -153,9 +166,10 @@ class _LongDocument:
 
     def parts(self) -> Iterator[Stretch]:
         """All of it; nothing may be added any more."""
-        first, key = self._cuts[0], self._hash.digest()
+        first = self._cuts[0]
+        whole = (self._hash.digest(), self._characters, self._is_blank)
         for start, stop in pairwise([*self._cuts, self._end]):
-            yield Stretch(start, stop, Part(start == first, stop == self._end, first, key))
+            yield Stretch(start, stop, Part(start == first, stop == self._end, first, *whole))
 
     def _next_cut(self) -> int | None:
         """Just before a newline behind a word, where tokens end too; else between two characters.

@@ -20,6 +20,8 @@ class Part:
     document_start: int
     """Of the document, in its file."""
     whole_key: bytes
+    whole_characters: int
+    whole_is_blank: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +91,13 @@ class FileSource:
     files: Sequence[FoundFile]
     reader: SpanReader
     size_bytes: int = field(init=False)
+    stamp: str = field(init=False)
     _numbers: dict[str, int] = field(init=False)
     _gives_states: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.size_bytes = sum(file.size_bytes for file in self.files)
+        self.stamp = self._stamp(_Place(), None)
         self._numbers = {file.name: number for number, file in enumerate(self.files)}
         self._gives_states = any(self.reader.is_read_to_cut(file) for file in self.files)
 
@@ -154,8 +158,11 @@ class FileSource:
         return _Place(self._numbers[state["next"][0]], state["next"][1]) if state["next"] else None
 
     def _stamp(self, place: _Place, next_place: _Place | None) -> str:
-        """Of all files from the one where a piece begins to the one behind it: none came between them since."""
+        """Of all files from the one where a piece begins to the one behind it: none came between them since.
+
+        And of where it ends, and how large pieces are: those behind it fit no others.
+        """
         last = next_place.file if next_place else len(self.files) - 1
         members = "\n".join(f"{file.name}\n{file.stamp}" for file in self.files[place.file : last + 1])
         end = next_place.start if next_place else None
-        return hashlib.blake2b(f"{end}\n{members}".encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(f"{self.reader.piece_bytes}\n{end}\n{members}".encode(), digest_size=16).hexdigest()

@@ -66,7 +66,8 @@ class TextReader:
         if part:
             identity = self._identity(span.file, part.document_start)
             text = _decoded(content, span.file, span.start)
-            yield Document(identity, text, part.begins, part.ends, part.whole_key)
+            whole = (part.whole_key, part.whole_characters, part.whole_is_blank)
+            yield Document(identity, text, part.begins, part.ends, *whole)
         elif self.separator:
             for offset, document in whole_documents(content, self.separator):
                 start = span.start + offset
