@@ -66,7 +66,7 @@ def test_a_disk_that_fills_up_again_and_again_loses_nothing(
 
 
 def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path / "corpus", documents=300, words=8000)  # 14 MB: some seconds in two processes
+    corpus = write_corpus(tmp_path / "corpus", documents=300, words=20_000)  # 35 MB: many seconds in two processes
     (tmp_path / "small.yaml").write_text(dump_spec(text_spec(corpus, f"data.directory={tmp_path / 'data'}")))
     command = [sys.executable, "-m", "dsllm.cli.app", "data", "prepare", str(tmp_path / "small.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)

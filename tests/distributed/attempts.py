@@ -31,7 +31,7 @@ def tell(flags: list[str], run: str, data: str, small_disk: str | None) -> dict[
     state = next((checkpoints / "global_step4").glob("*optim_states.pt"))
     with replaced(state, lambda content: content[: len(content) // 2]):
         told["cut state"] = attempt([*flags, "--run-dir", run])
-    with replaced(Path(data) / "train-00000.bin", lambda content: bytes([content[0] ^ 1]) + content[1:]):
+    with replaced(Path(data) / "corpus-train-00000.bin", lambda content: bytes([content[0] ^ 1]) + content[1:]):
         told["corrupt shard"] = attempt([*flags, "--run-dir", run + "-2"])
     told["too high a rate"] = attempt([*flags, "--run-dir", run + "-3", "--set", "optimizer.learning_rate=1e30"])
     if small_disk is not None:

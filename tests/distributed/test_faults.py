@@ -99,7 +99,7 @@ def test_a_cut_checkpoint_file_ends_the_run_and_names_the_checkpoint(told) -> No
 
 
 def test_a_corrupt_shard_is_found_by_its_checksum_and_named(told) -> None:
-    assert "train-00000.bin" in one_line(told["corrupt shard"], 2)
+    assert "corpus-train-00000.bin" in one_line(told["corrupt shard"], 2)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step(told) -> None:
