@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import socket
@@ -46,7 +47,17 @@ def join() -> World:
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size)
     if device_type() == "cpu":
         torch.set_num_threads(max(1, num_cores() // local_size))
+        atexit.register(_leave)
     return World(distributed.get_rank(), size, local_size)
+
+
+def _leave() -> None:
+    """End gloo's threads while the interpreter still stands: one that outlives it aborts a run that has ended well.
+
+    Not for NCCL, which a rank that fails alone would wait for.
+    """
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def device_type() -> Literal["cuda", "cpu"]:
