@@ -324,7 +324,33 @@ class Checkpoint(Section):
     interval: PositiveInt = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep_last: PositiveInt = 3
-    """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    """Checkpoints kept; older ones are deleted once a newer one is complete and read back."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints at multiples of so many steps are kept for good; none when absent."""
+    asynchronous: bool = True
+    """Whether training goes on while a checkpoint is written; it waits for the copy to host memory only, which needs as
+    much free host memory as the rank's part of a checkpoint."""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """Whether a checkpoint that cannot be written ends the run, or is a warning until the last one."""
+
+
+class Guards(Section):
+    """What watches over a run, and when it ends one that has gone wrong."""
+
+    step_0_checks: bool = True
+    """Whether a fresh run first makes the checks of `dsllm check`: weights, loss and gradients, on a small model."""
+    nonfinite_limit: PositiveInt = 3
+    """Steps in a row with a loss or gradient that is not finite, at which the run ends."""
+    spike_window: Annotated[int, Field(ge=10)] = 100
+    """Steps whose losses say what is usual."""
+    spike_threshold: PositiveFloat = 8.0
+    """Robust z-score (distance from the median of the window, in units of its spread) above which a loss is a spike."""
+    on_spike: Literal["warn", "roll_back"] = "warn"
+    """Whether a spike is only reported, or the run goes back to its last checkpoint and skips the samples behind it."""
+    max_roll_backs: PositiveInt = 3
+    """Times that a run goes back, at most; after that a spike is only reported."""
+    hang_seconds: PositiveFloat = 1800.0
+    """A run in which some rank makes no progress for so long ends, with the stacks of every rank in its log."""
 
 
 class Evaluation(Section):
@@ -381,6 +407,8 @@ class Spec(Section):
     """The partitioning."""
     checkpoint: Checkpoint = Checkpoint()
     """Saving."""
+    guards: Guards = Guards()
+    """Faults."""
     evaluation: Evaluation = Evaluation()
     """Validation."""
     logging: Logging = Logging()
