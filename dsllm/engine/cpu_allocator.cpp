@@ -11,30 +11,33 @@ std::atomic<long long> held{0};
 std::atomic<long long> peak{0};
 c10::Allocator* inner = nullptr;
 
-struct Block {
-  c10::DataPtr data;
-  long long bytes;
-};
+// Before each allocation lies its size, so that it can be freed by its address alone: oneDNN's bf16 kernels take and
+// return scratch memory that way (Allocator::raw_allocate). As long as torch's own alignment, which it keeps.
+constexpr size_t kHeader = 64;
 
 // Tensors may die on other threads than those that made them: gloo's, for one.
-void release(void* context) {
-  auto* block = static_cast<Block*>(context);
-  held -= block->bytes;
-  delete block;
+void release(void* address) {
+  if (address == nullptr) {
+    return;
+  }
+  auto* block = static_cast<char*>(address) - kHeader;
+  held -= *reinterpret_cast<long long*>(block);
+  inner->raw_deallocate(block);
 }
 
 struct CountingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t num_bytes) override {
-    auto data = inner->allocate(num_bytes);
-    void* address = data.get();
-    const auto device = data.device();
-    auto* block = new Block{std::move(data), static_cast<long long>(num_bytes)};
-    const long long now = held += block->bytes;
+    auto* block = static_cast<char*>(inner->raw_allocate(num_bytes + kHeader));
+    *reinterpret_cast<long long*>(block) = static_cast<long long>(num_bytes);
+    const long long now = held += static_cast<long long>(num_bytes);
     long long before = peak;
     while (now > before && !peak.compare_exchange_weak(before, now)) {
     }
-    return {address, block, &release, device};
+    auto* address = block + kHeader;
+    return {address, address, &release, c10::Device(c10::DeviceType::CPU)};
   }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
 
   void copy_data(void* destination, const void* source, size_t num_bytes) const override {
     default_copy_data(destination, source, num_bytes);
