@@ -15,6 +15,7 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _PACK
 sys.path.append(str(_PACKAGE.parent))
 
 import argparse  # noqa: E402
+import contextlib  # noqa: E402
 import functools  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
@@ -51,14 +52,9 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     """One run, from its spec to its last checkpoint, on every rank: all that the loop needs is made here."""
     import torch
 
-    from dsllm.checkpoint.resume import (
-        check_same_data,
-        check_same_run,
-        check_world_size,
-        choose_checkpoint,
-        load_checkpoint,
-    )
-    from dsllm.checkpoint.save import save_checkpoint
+    from dsllm.checkpoint.resume import candidates, check_same_data, check_same_run, conversion, load_checkpoint
+    from dsllm.checkpoint.save import CheckpointSaver
+    from dsllm.checkpoint.verify import first_sound
     from dsllm.data.shards import read_manifest
     from dsllm.ds_config import build_ds_config
     from dsllm.engine import evaluation, guards, inputs, memory_report, metrics, ranks, schedule
@@ -81,11 +77,10 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     folder = RunFolder(run_dir)
     log_to(folder.logs, world.rank)
     stop = guards.StopRequest()
-    checkpoint = ranks.on_rank_0(lambda: choose_checkpoint(resume, folder.checkpoints))
+    checkpoint = first_sound(ranks.on_rank_0(lambda: candidates(resume, folder.checkpoints)))
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
         ranks.on_rank_0(lambda: check_same_run(spec, checkpoint))
-        ranks.on_rank_0(lambda: check_world_size(checkpoint, world.size))
 
     # What is to be done, on what.
     run, device = workload(spec, loss_implementation(spec)), ranks.device_type()
@@ -105,6 +100,8 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     memory = MemoryMeter(allocator(device))
     engine = start_engine(spec, ds_config)
     torch.manual_seed(spec.seed + world.rank)  # for dropout: weights and data have generators of their own
+    if checkpoint is not None and (change := conversion(engine, checkpoint)) is not None:
+        logger.info("%s", change)
     with ranks.together():
         first_step = load_checkpoint(engine, checkpoint) if checkpoint is not None else 0
         micro_batches = inputs.open_training(data, spec, batch, world, first_step)
@@ -112,7 +109,11 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
         shares = evaluation.mix_shares(spec.data, read_manifest(data))
     ranks.on_rank_0(lambda: describe_run(folder, spec, ds_config, passport))
 
-    with metrics.open_recorder(spec, folder, batch, world, first_step, steps, memory) as record:
+    saver = CheckpointSaver(engine, folder.checkpoints, spec.checkpoint, spec.training.precision)
+    with (
+        contextlib.closing(saver),
+        metrics.open_recorder(spec, folder, batch, world, first_step, steps, memory) as record,
+    ):
         done = train(
             engine,
             micro_batches,
@@ -127,7 +128,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
                 train_steps=steps,
             ),
             evaluate=functools.partial(evaluation.evaluate, engine, validation, shares),
-            save=lambda step: save_checkpoint(engine, folder.checkpoints, step, spec.checkpoint.keep_last),
+            saver=saver,
             record=record,
             check=functools.partial(guards.check_loss, untrained_loss=guards.untrained_loss(model_shape(spec), spec)),
             stop=stop,

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dsllm.checkpoint.layout import step_of
+from dsllm.checkpoint.layout import run_folder_of, step_of
 from dsllm.checkpoint.resume import checkpoint_at
-from dsllm.checkpoint.safe_load import weights_only
+from dsllm.checkpoint.states import MASTER, open_states
+from dsllm.checkpoint.verify import faults_of
 from dsllm.errors import CheckpointError, UserError
 from dsllm.model.build import DTYPES, build_model, model_config
 from dsllm.spec.load import load_spec
@@ -27,23 +24,30 @@ WEIGHTS_PREFIX = "causal_lm."
 """What engine names have before transformers' own: the attribute of TrainingModel."""
 PROBE_TOKENS = 64
 """Length of the sequence whose logits are compared."""
+MAX_SHARD_BYTES = 5_000_000_000
+"""Weights beyond this are split over several safetensors files, as most models on the Hub are."""
 
 
-def export_run(run: Path, output: Path, precision: Precision | None = None) -> int:
-    """Write the latest checkpoint of the run folder `run` (or a `global_step<N>` folder in it) to `output`.
+def export_run(
+    run: Path, output: Path, precision: Precision | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> int:
+    """Write the latest checkpoint of the run folder `run`, or the checkpoint that `run` is, to `output`.
 
     `precision` of the weights is that of the training when None. Returns the steps that the model was trained for.
-    Raises UserError for a run without checkpoints or an `output` that holds something, CheckpointError where what was
-    written does not give the same logits when it is read back; then nothing stays in `output`.
+    Raises UserError for a run without checkpoints or an `output` that holds something, CheckpointError for a damaged
+    checkpoint, and where what was written does not give the same logits when it is read back; then nothing stays in
+    `output`.
     """
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"{output}: not empty; choose another folder for the exported model, or empty it")
     checkpoint, spec = find_run(run)
+    if faults := faults_of(checkpoint):
+        raise CheckpointError(f"{checkpoint}: {faults[0]}; export another checkpoint of the run")
     model = load_trained(checkpoint, spec, DTYPES[precision or spec.training.precision])
-    tokenizer_folder = checkpoint.parent.parent / "tokenizer"
+    tokenizer_folder = run_folder_of(checkpoint) / "tokenizer"
     _set_special_tokens(model, AutoTokenizer.from_pretrained(tokenizer_folder))
     try:
-        model.save_pretrained(output)
+        model.save_pretrained(output, max_shard_size=max_shard_bytes)
         shutil.copytree(tokenizer_folder, output, dirs_exist_ok=True)  # as it was trained with, to the byte
         _compare_logits(model, output)
     except BaseException:
@@ -53,13 +57,13 @@ def export_run(run: Path, output: Path, precision: Precision | None = None) -> i
 
 
 def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of an exported folder, a run, or one of its `global_step<N>` folders, on the CPU in fp32."""
+    """Model and tokenizer of an exported folder, a run, or a checkpoint, on the CPU in fp32."""
     if (source / "config.json").is_file():
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         return model.eval(), AutoTokenizer.from_pretrained(source)
     checkpoint, spec = find_run(source)
     model = load_trained(checkpoint, spec, torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.parent.parent / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(run_folder_of(checkpoint) / "tokenizer")
     _set_special_tokens(model, tokenizer)
     return model, tokenizer
 
@@ -67,12 +71,12 @@ def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def find_run(run: Path) -> tuple[Path, Spec]:
     """The checkpoint folder and the spec of a run. Raises UserError where there is none."""
     checkpoint = checkpoint_at(run)
-    return checkpoint, load_spec(str(checkpoint.parent.parent / "spec.yaml"))
+    return checkpoint, load_spec(str(run_folder_of(checkpoint) / "spec.yaml"))
 
 
 def load_trained(checkpoint: Path, spec: Spec, dtype: torch.dtype) -> PreTrainedModel:
     """The trained model on the CPU, from a checkpoint of any stage and number of ranks."""
-    weights = {name.removeprefix(WEIGHTS_PREFIX): tensor for name, tensor in _weights(checkpoint, spec).items()}
+    weights = {name.removeprefix(WEIGHTS_PREFIX): tensor for name, tensor in _weights(checkpoint).items()}
     model = build_model(model_config(spec), dtype)
     _, unexpected = model.load_state_dict(weights, strict=False)
     missing = {name for name, _ in model.named_parameters()} - weights.keys()
@@ -85,16 +89,13 @@ def load_trained(checkpoint: Path, spec: Spec, dtype: torch.dtype) -> PreTrained
     return model.eval()
 
 
-def _weights(checkpoint: Path, spec: Spec) -> dict[str, torch.Tensor]:
-    """Whole weights by name: in the training precision from stages 0 to 2, in fp32 from the parts of stage 3."""
-    with weights_only():
-        if spec.zero.stage < 3:
-            state: dict[str, Any] = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu")
-            return dict(state["module"])
-        # DeepSpeed's converter prints its progress.
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            parts = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        return dict(parts)
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Whole fp32 weights by name, from any stage and number of ranks."""
+    states = open_states(checkpoint)
+    weights = {name: torch.empty(shape, dtype=torch.float32) for name, shape in states.shapes.items()}
+    for name, weight in weights.items():
+        states.copy(MASTER, name, 0, weight.view(-1))
+    return weights
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 
+from dsllm.data.shards import write_durably
 from dsllm.errors import UserError
 
+MANIFEST_FILE = "manifest.json"
+"""The last file that is written into a step folder: without it the checkpoint is not complete."""
+LATEST_FILE = "latest"
+UNIVERSAL_SUFFIX = "_universal"
+
 _STEP = re.compile(r"global_step(\d+)")
-_MARKER = "complete.json"
+_STEP_OR_UNIVERSAL = re.compile(rf"global_step(\d+)(?:{UNIVERSAL_SUFFIX})?")
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -18,9 +23,14 @@ def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"global_step{step}"
 
 
+def universal_folder(step_folder: Path) -> Path:
+    """Where a checkpoint goes that was converted for any stage and number of ranks."""
+    return step_folder.with_name(step_folder.name + UNIVERSAL_SUFFIX)
+
+
 def step_of(folder: Path) -> int:
-    """Steps done in the state of a `global_step<N>` folder."""
-    match = _STEP.fullmatch(folder.name)
+    """Steps done in the state of a `global_step<N>` folder, converted or not."""
+    match = _STEP_OR_UNIVERSAL.fullmatch(folder.name)
     if match is None:
         raise UserError(f"{folder}: not a checkpoint; its name must be global_step<N>")
     return int(match[1])
@@ -31,64 +41,69 @@ def random_state_file(folder: Path, rank: int) -> Path:
     return folder / f"random_states_rank{rank}.pt"
 
 
+def fragments_file(folder: Path, rank: int) -> Path:
+    """Which parts of which parameters one rank's optimizer file holds: see fragments.py."""
+    return folder / f"fragments_rank{rank}.json"
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """The run that a checkpoint belongs to; a converted one that was put elsewhere brings what is needed of it."""
+    return checkpoint if (checkpoint / "spec.yaml").is_file() else checkpoint.parent.parent
+
+
 def step_folders(checkpoints: Path) -> list[Path]:
-    """Every step folder, oldest first, complete or not."""
+    """Every step folder as DeepSpeed writes it, oldest first, complete or not."""
     folders = [path for path in checkpoints.glob("global_step*") if path.is_dir() and _STEP.fullmatch(path.name)]
     return sorted(folders, key=step_of)
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether every rank has finished writing it."""
+    return (folder / MANIFEST_FILE).is_file()
+
+
 def complete_folders(checkpoints: Path) -> list[Path]:
     """The step folders that every rank has finished, oldest first."""
-    return [folder for folder in step_folders(checkpoints) if (folder / _MARKER).is_file()]
-
-
-def mark_complete(folder: Path, step: int, world_size: int) -> None:
-    """Say that every rank has finished: the last file written into a step folder."""
-    _write_durably(folder / _MARKER, json.dumps({"step": step, "world_size": world_size}) + "\n")
-
-
-def unmark(folder: Path) -> None:
-    """Before a folder is written again: it is not complete until then."""
-    (folder / _MARKER).unlink(missing_ok=True)
-
-
-def world_size_of(folder: Path) -> int:
-    """Ranks that wrote a complete step folder."""
-    return int(json.loads((folder / _MARKER).read_text())["world_size"])
+    return [folder for folder in step_folders(checkpoints) if is_complete(folder)]
 
 
 def read_latest(checkpoints: Path) -> Path | None:
-    """The folder that `latest` names; None in a folder without a complete checkpoint.
+    """The folder that `latest` names, whether it is there or not; None without a file of that name."""
+    latest = checkpoints / LATEST_FILE
+    return checkpoints / latest.read_text().strip() if latest.is_file() else None
 
-    Raises UserError where `latest` is missing beside checkpoints or names one that is gone or not complete. DeepSpeed
-    would return None and train from the start.
+
+def newest_first(checkpoints: Path) -> list[Path]:
+    """The complete folders in the order in which a resume tries them: what `latest` names, then older ones.
+
+    Newer ones come last: they are of a run that this one was turned back from. Without a `latest` that is there they
+    come first.
     """
-    latest = checkpoints / "latest"
-    complete = complete_folders(checkpoints)
-    names = ", ".join(folder.name for folder in complete)
-    remedy = f"there are {names}: name one with --resume {checkpoints}/…" if complete else "nothing else is either"
-    if not latest.is_file():
-        if not complete:
-            return None
-        raise UserError(f"{checkpoints}: there is no file named latest; {remedy}")
-    folder = checkpoints / latest.read_text().strip()
-    if not folder.is_dir():
-        raise UserError(f"{latest}: names {folder.name}, which is not there; {remedy}")
-    if folder not in complete:
-        raise UserError(f"{latest}: names {folder.name}, which is not complete; {remedy}")
-    return folder
+    complete = complete_folders(checkpoints)[::-1]
+    latest = read_latest(checkpoints)
+    if latest is None or latest not in complete:
+        return complete
+    at = complete.index(latest)
+    return complete[at:] + complete[:at][::-1]
 
 
 def write_latest(checkpoints: Path, folder: Path) -> None:
     """Point `latest` to `folder`."""
-    _write_durably(checkpoints / "latest", folder.name)
+    replace_durably(checkpoints / LATEST_FILE, folder.name)
 
 
-def _write_durably(path: Path, text: str) -> None:
-    """In one step: a crash leaves the old content or the new one."""
+def replace_durably(path: Path, text: str) -> None:
+    """In one step, and on the disk when this returns: a crash leaves the old content or the new one."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(partial, text.encode())
     partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk: without it a new or renamed file may be gone after a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -12,8 +12,19 @@ import torch.distributed as distributed
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 
-from dsllm.checkpoint.layout import complete_folders, random_state_file, read_latest, world_size_of
+from dsllm.checkpoint.layout import (
+    complete_folders,
+    is_complete,
+    newest_first,
+    random_state_file,
+    read_latest,
+    run_folder_of,
+    step_of,
+)
+from dsllm.checkpoint.manifest import ANOTHER, read_manifest
+from dsllm.checkpoint.restore import restore_states
 from dsllm.checkpoint.safe_load import weights_only
+from dsllm.checkpoint.states import mapped
 from dsllm.errors import CheckpointError, UserError
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Spec
@@ -32,54 +43,45 @@ SAME_RUN = (
     "data.packing",
     "data.mask_documents",
     "batch",
-    "training.precision",
 )
 """Fields that a run cannot change half-way: with another value it would be another run."""
-AS_WRITTEN = (
-    "zero.stage",
-    "zero.offload_optimizer",
-    "zero.offload_param",
-    "training.gradient_accumulation_precision",
-    "optimizer.betas",
-    "optimizer.epsilon",
-    "optimizer.weight_decay",
-    "optimizer.gradient_clipping",
-)
-"""Fields that DeepSpeed's files fix: how states lie in them, and what it restores from them whatever the spec says."""
 FREE = ("batch.micro_batch_size", "model.attention")
 """Exceptions within them: they change how the same numbers are computed."""
 
 
-def choose_checkpoint(resume: str, checkpoints: Path) -> Path | None:
-    """The `global_step<N>` folder to go on from, None for a fresh start.
+def candidates(resume: str, checkpoints: Path) -> list[Path]:
+    """The checkpoints to go on from, best first; none for a fresh start.
 
-    `resume` is `auto` (the latest, if there is one), `never` (a fresh start, refused where it would mix with an older
-    run), or a path: a run, its `checkpoints`, or one step folder. Raises UserError.
+    `resume` is `auto` (the latest, or the newest before it that is sound), `never` (a fresh start, refused where it
+    would mix with an older run), or a path: a run, its `checkpoints`, or one checkpoint. Raises UserError.
     """
     if resume == "auto":
-        return read_latest(checkpoints)
+        found = newest_first(checkpoints)
+        latest = read_latest(checkpoints)
+        if found and latest is None:
+            logger.warning(
+                "%s: there is no file named latest; going on from the newest, %s", checkpoints, found[0].name
+            )
+        elif latest is not None and latest not in found:
+            where = f"; going back to {found[0].name}" if found else ""
+            logger.warning("%s/latest names %s, which is not there or not complete%s", checkpoints, latest.name, where)
+        return found
     if resume == "never":
         if complete := complete_folders(checkpoints):
             raise UserError(
                 f"--resume never: {checkpoints} holds {complete[-1].name} of an earlier run; choose "
                 "another --run-dir, or delete that folder"
             )
-        return None
-    return checkpoint_at(Path(resume))
+        return []
+    return [checkpoint_at(Path(resume))]
 
 
 def check_same_run(spec: Spec, checkpoint: Path) -> None:
     """Compare the spec with that of the run so far: differences are told, those that make another run refused."""
-    path = checkpoint.parent.parent / "spec.yaml"
+    path = run_folder_of(checkpoint) / "spec.yaml"
     if not path.is_file():
         return
     differences = spec_differences(load_spec(str(path)), spec)
-    fixed = [line for field, line in differences if _is_under(field, AS_WRITTEN)]
-    if fixed:
-        raise UserError(
-            f"{checkpoint}: written with another {'; '.join(fixed)}: DeepSpeed restores its states as they were "
-            "written; set it back"
-        )
     refused = [line for field, line in differences if _is_under(field, SAME_RUN) and not _is_under(field, FREE)]
     if refused:
         raise UserError(
@@ -101,16 +103,9 @@ def spec_differences(earlier: Spec, now: Spec) -> list[tuple[str, str]]:
     ]
 
 
-def check_world_size(folder: Path, world_size: int) -> None:
-    """Raises UserError where a checkpoint was written by another number of ranks: DeepSpeed cannot read it then."""
-    written = world_size_of(folder)
-    if written != world_size:
-        raise UserError(f"{folder}: written by {written} rank(s), given {world_size}; start the run with {written}")
-
-
 def check_same_data(checkpoint: Path, passport: dict[str, Any]) -> None:
     """Raises UserError where tokens or tokenizer are not those that the run has trained on so far."""
-    path = checkpoint.parent.parent / "passport.json"
+    path = run_folder_of(checkpoint) / "passport.json"
     if not path.is_file():
         return
     earlier = json.loads(path.read_text())
@@ -122,31 +117,54 @@ def check_same_data(checkpoint: Path, passport: dict[str, Any]) -> None:
             )
 
 
-def load_checkpoint(engine: DeepSpeedEngine, folder: Path) -> int:
-    """Put the state in `folder` back on every rank; collective. Returns the steps it has done.
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> int:
+    """Put the state of `checkpoint` back on every rank, whatever stage and number of ranks wrote it; collective.
 
-    Raises CheckpointError where it cannot be read.
+    Returns the steps it has done. Raises CheckpointError where it cannot be read.
     """
-    rank = distributed.get_rank()
+    step = step_of(checkpoint)
+    if engine.zero_nvme_offload_optimizer():
+        _load_as_written(engine, checkpoint)
+    else:
+        restore_states(engine, checkpoint)
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+    states = random_state_file(checkpoint, distributed.get_rank())
+    if states.is_file():  # there are none for ranks that were not there, and none after a conversion
+        _set_random_states(mapped(states))
+    return step
+
+
+def conversion(engine: DeepSpeedEngine, checkpoint: Path) -> str | None:
+    """What has to be converted to load `checkpoint`, in words; None where it was written just so."""
+    origin = read_manifest(checkpoint).origin
+    now = f"ZeRO stage {engine.zero_optimization_stage()} on {distributed.get_world_size()} rank(s)"
+    return None if origin == now else f"converting {checkpoint.name}, written by {origin}, to {now}"
+
+
+def _load_as_written(engine: DeepSpeedEngine, checkpoint: Path) -> None:
+    """States on NVMe are files of DeepSpeed's own, which it alone reads, and only as they were written."""
+    if (other := conversion(engine, checkpoint)) is not None:
+        raise UserError(
+            f"{checkpoint}: {other} is not possible with zero.offload_optimizer nvme; resume with "
+            "zero.offload_optimizer cpu or none"
+        )
     try:
         with weights_only():
-            path, client_state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
-            states = torch.load(random_state_file(folder, rank))
+            path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     except Exception as error:
-        raise CheckpointError(f"{folder}: cannot be read: {error}; resume from another with --resume PATH") from error
+        raise CheckpointError(f"{checkpoint}: cannot be read: {error}; {ANOTHER}") from error
     if path is None:
-        raise CheckpointError(f"{folder}: DeepSpeed finds no state in it; resume from another with --resume PATH")
-    _set_random_states(states)
-    return int(client_state["dsllm"]["step"])
+        raise CheckpointError(f"{checkpoint}: DeepSpeed finds no state in it; {ANOTHER}")
 
 
 def checkpoint_at(path: Path) -> Path:
-    """The checkpoint of a run folder, of its `checkpoints`, or a step folder itself. Raises UserError without one."""
-    if path in complete_folders(path.parent):
+    """The checkpoint of a run folder, of its `checkpoints`, or a checkpoint itself. Raises UserError without one."""
+    if is_complete(path):
         return path
     for checkpoints in (path, path / "checkpoints"):
-        if checkpoints.is_dir() and (folder := read_latest(checkpoints)) is not None:
-            return folder
+        if found := newest_first(checkpoints):
+            return found[0]
     raise UserError(f"{path}: no checkpoint there; give a run, its checkpoints, or a global_step<N> folder")
 
 

@@ -1,58 +1,172 @@
-"""Writing the state of a run, so that a failed save leaves the earlier ones as they were."""
+"""Saving as a transaction: a checkpoint counts once every rank has written it and read it back, and not before."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as distributed
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
-from dsllm.checkpoint.layout import (
-    complete_folders,
-    mark_complete,
-    random_state_file,
-    step_folder,
-    step_folders,
-    step_of,
-    unmark,
-    write_latest,
-)
-from dsllm.engine.ranks import gather
+from dsllm.checkpoint.fragments import layout_of, shapes_of
+from dsllm.checkpoint.layout import fragments_file, random_state_file, step_folder, write_latest
+from dsllm.checkpoint.manifest import FileRecord, Manifest, write_manifest
+from dsllm.checkpoint.restore import loss_scaler_numbers
+from dsllm.checkpoint.retention import remove_old
+from dsllm.checkpoint.snapshot import HostBuffers, Snapshot, offloaded_files, write_files
+from dsllm.checkpoint.states import RankStates
+from dsllm.engine import ranks
 from dsllm.errors import CheckpointError
+from dsllm.spec.sections import Checkpoint, Precision
+from dsllm.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
+SPARE_BYTES = 2**18
+"""Room on the disk for each rank beyond its tensors: the names in its files, and its small files."""
 
-def save_checkpoint(engine: DeepSpeedEngine, checkpoints: Path, step: int, keep_last: int) -> None:
-    """Write weights, optimizer and random states after `step` steps; collective.
+Files = dict[str, FileRecord]
 
-    `latest` moves only when every rank has finished. Raises CheckpointError, on every rank, where one could not
-    write; what it had written is removed, and the earlier checkpoints and `latest` are untouched.
-    """
-    folder = step_folder(checkpoints, step)
-    writer = ForgivingCheckpointEngine()
-    _make_folder(folder, writer)
-    _agree(writer, folder)
-    with _deepspeed_writes_through(writer, engine):
-        client_state = {"dsllm": {"step": step, "world_size": distributed.get_world_size()}}
-        engine.save_checkpoint(str(checkpoints), tag=folder.name, client_state=client_state, save_latest=False)
-    writer.save(random_states(), str(random_state_file(folder, distributed.get_rank())))
-    _agree(writer, folder)
-    if distributed.get_rank() == 0:
-        mark_complete(folder, step, distributed.get_world_size())
-        write_latest(checkpoints, folder)
-        remove_old(checkpoints, folder, keep_last)
-    distributed.barrier()
-    logger.info("saved %s", folder)
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    folder: Path
+    step: int
+    files: Future[Files]
+    """Of this rank."""
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of a run beside its training. `save` and `finish` are collective."""
+
+    def __init__(self, engine: DeepSpeedEngine, checkpoints: Path, settings: Checkpoint, precision: Precision) -> None:
+        self._engine = engine
+        self._checkpoints = checkpoints
+        self._settings = settings
+        self._precision = precision
+        self._buffers = HostBuffers()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint is begun that does not count yet: the same on every rank."""
+        return self._pending is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether some of this rank's files are not on the disk yet."""
+        return self._pending is not None and not self._pending.files.done()
+
+    def save(self, step: int, *, must_succeed: bool = False) -> None:
+        """Begin to write the state after `step` steps, once an earlier checkpoint is finished.
+
+        Training waits for the copy to host memory, and for the disk where `checkpoint.asynchronous` is false or the
+        save `must_succeed`. What cannot be written is a warning, and CheckpointError where it must succeed or the spec
+        says so; earlier checkpoints and `latest` are untouched then.
+        """
+        self.finish()
+        folder = step_folder(self._checkpoints, step)
+        fault = ranks.on_rank_0(lambda: _make_folder(folder))
+        if fault is None:
+            files = self._take(folder)
+            fault = self._lack_of_room()
+        if fault is not None:
+            self._give_up(folder, fault, must_succeed)
+            return
+        self._pending = _Pending(folder, step, self._writer.submit(_write, folder, files))
+        if must_succeed or not self._settings.asynchronous:
+            self.finish(must_succeed=must_succeed)
+
+    def finish(self, *, must_succeed: bool = False) -> None:
+        """Wait until every rank has written the checkpoint that is pending, if one is, and let it count."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        outcomes = ranks.gather(_outcome(pending.files))
+        faults = [f"rank {rank} could not write {fault}" for rank, (_, fault) in enumerate(outcomes) if fault]
+        files = {name: record for of_rank, _ in outcomes for name, record in of_rank.items()}
+        fault = faults[0] if faults else ranks.on_rank_0(lambda: self._complete(pending, files))
+        if fault is not None:
+            self._give_up(pending.folder, fault, must_succeed)
+        else:
+            logger.info("saved %s", pending.folder)
+
+    def close(self) -> None:
+        """Let the writing of this rank end."""
+        self._writer.shutdown()
+
+    def _take(self, folder: Path) -> dict[Path, object]:
+        """This rank's files as they are now, in host memory."""
+        snapshot = Snapshot(self._buffers)
+        with _deepspeed_writes_to(snapshot, self._engine):
+            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        rank = distributed.get_rank()
+        snapshot.save(random_states(), str(random_state_file(folder, rank)))
+        snapshot.finish()
+        if states := self._rank_states(snapshot, folder):
+            snapshot.files[fragments_file(folder, rank)] = states.model_dump_json()
+        return snapshot.files
+
+    def _rank_states(self, snapshot: Snapshot, folder: Path) -> RankStates | None:
+        """How to read the optimizer's states in what DeepSpeed writes; None on ranks that write none (stage 0)."""
+        layout = layout_of(self._engine)
+        ending = "_model_states.pt" if self._engine.zero_optimization_stage() == 0 else "_optim_states.pt"
+        names = [path.name for path in snapshot.files if path.name.endswith(ending)]
+        if not names:
+            return None
+        return RankStates.model_construct(
+            file=names[0],
+            nesting=layout.nesting,
+            shapes=shapes_of(self._engine),
+            loss_scaler=loss_scaler_numbers(self._engine),
+            fragments=layout.fragments,
+        )
+
+    def _lack_of_room(self) -> str | None:
+        """What the disk lacks for the checkpoint that is in host memory now, on all ranks together."""
+        size_bytes = sum(ranks.gather(self._buffers.size_bytes)) + SPARE_BYTES * distributed.get_world_size()
+        free_bytes = ranks.on_rank_0(lambda: shutil.disk_usage(self._checkpoints).free)
+        if free_bytes >= size_bytes:
+            return None
+        return f"it takes {format_bytes(size_bytes)}, and {self._checkpoints} has {format_bytes(free_bytes)} free"
+
+    def _complete(self, pending: _Pending, files: Mapping[str, FileRecord]) -> str | None:
+        """On rank 0: from here on the checkpoint counts, and what it replaces may go. Returns what went wrong."""
+        manifest = Manifest(
+            step=pending.step,
+            precision=self._precision,
+            zero_stage=self._engine.zero_optimization_stage(),
+            world_size=distributed.get_world_size(),
+            files=files,
+        )
+        try:
+            write_manifest(pending.folder, manifest)
+            write_latest(self._checkpoints, pending.folder)
+        except OSError as error:
+            return f"rank 0 could not write {error.filename or pending.folder}: {error.strerror}"
+        keep = self._settings.keep_last, self._settings.keep_every
+        self._writer.submit(remove_old, self._checkpoints, pending.folder, *keep)
+        return None
+
+    def _give_up(self, folder: Path, fault: str, must_succeed: bool) -> None:
+        if distributed.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        message = f"{folder.name} was not saved: {fault}; earlier checkpoints are untouched"
+        if must_succeed or self._settings.on_failure == "stop":
+            raise CheckpointError(
+                f"{message}; make room or choose another --run-dir, then start again: the run goes on from the last one"
+            )
+        logger.warning("%s; the run goes on, and tries again at the next one", message)
 
 
 def random_states() -> dict[str, torch.Tensor]:
@@ -63,35 +177,11 @@ def random_states() -> dict[str, torch.Tensor]:
     return states
 
 
-class ForgivingCheckpointEngine(TorchCheckpointEngine):
-    """Keeps the first fault instead of raising it.
-
-    DeepSpeed's save has barriers between its files: a rank that raises on the way leaves the others waiting for ever.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fault: str | None = None
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """Write one file, unless one could not be written before."""
-        if self.fault is not None:
-            return
-        try:
-            # Through a Python file, which says why a write failed where torch's own writer does not.
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:
-            self.fault = f"{path}: {_reason(error)}"
-
-
 @contextlib.contextmanager
-def _deepspeed_writes_through(writer: ForgivingCheckpointEngine, engine: DeepSpeedEngine) -> Iterator[None]:
-    """DeepSpeed saves with `writer`, and without its recovery script, whose copy could raise on rank 0 alone."""
+def _deepspeed_writes_to(snapshot: Snapshot, engine: DeepSpeedEngine) -> Iterator[None]:
+    """DeepSpeed saves into `snapshot`, and without its recovery scripts, whose copy could raise on rank 0 alone."""
     usual_writer = engine.checkpoint_engine
-    engine.checkpoint_engine = writer
+    engine.checkpoint_engine = snapshot
     engine._copy_recovery_script = lambda save_path: None
     try:
         yield
@@ -100,44 +190,26 @@ def _deepspeed_writes_through(writer: ForgivingCheckpointEngine, engine: DeepSpe
         del engine._copy_recovery_script
 
 
-def _make_folder(folder: Path, writer: ForgivingCheckpointEngine) -> None:
+def _make_folder(folder: Path) -> str | None:
+    """An empty one, in the place of what an earlier save may have left. Returns what went wrong."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        unmark(folder)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
     except OSError as error:
-        writer.fault = f"{folder}: {_reason(error)}"
+        return f"rank 0 could not write {error.filename or folder}: {error.strerror}"
+    return None
 
 
-def _agree(writer: ForgivingCheckpointEngine, folder: Path) -> None:
-    """Raise on every rank if any of them has a fault."""
-    faults = [(rank, fault) for rank, fault in enumerate(gather(writer.fault)) if fault]
-    if not faults:
-        return
-    if distributed.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    rank, fault = faults[0]
-    raise CheckpointError(
-        f"{folder.name} was not saved: rank {rank} could not write {fault}; earlier checkpoints are untouched; make "
-        "room or choose another --run-dir, then start again: the run goes on from the last one"
-    )
+def _write(folder: Path, files: Mapping[Path, object]) -> Files:
+    """On the writing thread: this rank's files, by their names in the checkpoint."""
+    records = write_files(files) | offloaded_files(folder, distributed.get_rank())
+    return {path.relative_to(folder).as_posix(): record for path, record in records.items()}
 
 
-def _reason(error: Exception) -> str:
-    """The operating system's own word where there is one: torch closes a failed archive with an error of its own."""
-    for cause in (error, error.__context__):
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-    return str(error).splitlines()[0]
-
-
-def remove_old(checkpoints: Path, newest: Path, keep_last: int) -> None:
-    """Delete all but the `keep_last` newest up to `newest`, and what a killed save left unfinished.
-
-    Later ones belong to a run that this one was turned back from; they stay until it comes to their steps.
-    """
-    complete = complete_folders(checkpoints)
-    kept = [folder for folder in complete if step_of(folder) <= step_of(newest)][-keep_last:]
-    for folder in step_folders(checkpoints):
-        is_old = folder in complete and step_of(folder) <= step_of(newest)
-        if folder not in kept and (is_old or folder not in complete):
-            shutil.rmtree(folder, ignore_errors=True)
+def _outcome(files: Future[Files]) -> tuple[Files, str | None]:
+    """What a rank has written, and what stopped it."""
+    try:
+        return files.result(), None
+    except Exception as error:
+        return {}, str(error)

@@ -9,12 +9,15 @@ import typer
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or one of its global_step<N> folders.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or a checkpoint: global_step<N>, converted or not.")],
     output: Annotated[Path, typer.Argument(help="Folder to write: safetensors, config and tokenizer.")],
     precision: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,
         typer.Option(help="Type to write the weights in; the training's when absent."),
     ] = None,
+    max_shard_gb: Annotated[
+        float, typer.Option(min=0.001, help="Weights above so many GB (1e9 bytes) go into several files.")
+    ] = 5.0,
 ) -> None:
     """Write a run's latest checkpoint as a plain Hugging Face folder, read it back and compare.
 
@@ -23,7 +26,7 @@ def export(
     quiet_libraries()
     from dsllm.checkpoint.export import export_run
 
-    step = export_run(run, output, precision)
+    step = export_run(run, output, precision, round(max_shard_gb * 1e9))
     typer.echo(f"{output}: the model after {step} steps; read back, and its logits are the same")
 
 

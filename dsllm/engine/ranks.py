@@ -97,6 +97,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def any_rank(is_so: bool) -> bool:
+    """Whether it is so on any rank, on every rank."""
+    return bool(sum_over_ranks(torch.tensor(float(is_so), device=device())) > 0)
+
+
 def gather(value: T) -> list[T]:
     """One small object from every rank, in the order of ranks, on every rank."""
     values: list[Any] = [None] * distributed.get_world_size()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -14,6 +14,16 @@ from dsllm.engine import guards, ranks
 from dsllm.engine.memory_meter import MemoryMeter
 
 Record = dict[str, Any]
+
+
+class Saver(Protocol):
+    """Writes checkpoints while training goes on: dsllm.checkpoint.save.CheckpointSaver."""
+
+    is_pending: bool
+    is_writing: bool
+
+    def save(self, step: int, *, must_succeed: bool = False) -> None: ...
+    def finish(self) -> None: ...
 
 
 def train(
@@ -26,7 +36,7 @@ def train(
     checkpoint_interval: int,
     learning_rate: Callable[[int], float],
     evaluate: Callable[[], Record],
-    save: Callable[[int], None],
+    saver: Saver,
     record: Callable[[Record], None],
     check: Callable[[int, float], None],
     stop: guards.StopRequest,
@@ -48,8 +58,11 @@ def train(
         if done == 1 or done == train_steps or done % evaluation_interval == 0:
             metrics |= evaluate()
         record({"step": done, "lr": rate, **metrics})
-        if done == train_steps or done % checkpoint_interval == 0 or stop.agreed:
-            save(done)
+        is_last = done == train_steps or stop.agreed
+        if is_last or done % checkpoint_interval == 0:
+            saver.save(done, must_succeed=is_last)
+        elif saver.is_pending and not ranks.any_rank(saver.is_writing):
+            saver.finish()
         if stop.agreed:
             break
     return done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,11 +27,7 @@ def tell(flags: list[str], run: str, data: str, small_disk: str | None) -> dict[
     told["other seed"] = attempt([*flags, "--run-dir", run, "--set", "seed=7"])
     told["never"] = attempt([*flags, "--run-dir", run, "--resume", "never"])
     told["nothing there"] = attempt([*flags, "--run-dir", run, "--resume", str(checkpoints / "global_step77")])
-    with replaced(checkpoints / "latest", lambda content: b"global_step99"):
-        told["latest gone"] = attempt([*flags, "--run-dir", run])
-    state = next((checkpoints / "global_step4").glob("*optim_states.pt"))
-    with replaced(state, lambda content: content[: len(content) // 2]):
-        told["cut state"] = attempt([*flags, "--run-dir", run])
+    told |= meet_damage(flags, run)
     with replaced(Path(data) / "corpus-train-00000.bin", lambda content: bytes([content[0] ^ 1]) + content[1:]):
         told["corrupt shard"] = attempt([*flags, "--run-dir", run + "-2"])
     told["too high a rate"] = attempt([*flags, "--run-dir", run + "-3", "--set", "optimizer.learning_rate=1e30"])
@@ -39,15 +36,57 @@ def tell(flags: list[str], run: str, data: str, small_disk: str | None) -> dict[
     return told
 
 
+def meet_damage(flags: list[str], run: str) -> dict[str, Any]:
+    """What is on the disk changes between a run's end and its next start; what it goes on from then, and ends with."""
+    newest, told = Path(run) / "checkpoints" / "global_step4", {}
+    state = next(newest.glob("*rank_1*optim_states.pt"))
+    damage: dict[str, Callable[[], Any]] = {
+        "latest gone": lambda: (newest.parent / "latest").unlink(),
+        "latest elsewhere": lambda: (newest.parent / "latest").write_text("global_step99"),
+        "cut file": lambda: os.truncate(state, state.stat().st_size // 2),
+        "flipped byte": lambda: flip_byte(state),
+        "missing file": state.unlink,
+        "no manifest": (newest / "manifest.json").unlink,
+        "flipped manifest": lambda: flip_byte(newest / "manifest.json"),
+    }
+    for name, change in damage.items():
+        on_rank_0(change)
+        told[name] = attempt([*flags, "--run-dir", run])
+    on_rank_0(lambda: [flip_byte(folder / state.name) for folder in newest.parent.glob("global_step*")])
+    told["all damaged"] = attempt([*flags, "--run-dir", run])
+    told["named and damaged"] = attempt([*flags, "--run-dir", run, "--resume", str(newest)])
+    return told
+
+
+def flip_byte(path: Path) -> None:
+    """One byte in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def meet_a_full_disk(flags: list[str], run: str) -> dict[str, Any]:
     """`run`/checkpoints is a disk with room for one checkpoint: the second save fails, and later there is room."""
-    told = {"full disk": attempt([*flags, "--run-dir", run])}
+    from dsllm.checkpoint.save import CheckpointSaver
+
     checkpoints = Path(run) / "checkpoints"
-    told["left on it"] = {path.name: path.is_dir() for path in sorted(checkpoints.iterdir())}
+    told = {"full disk": attempt([*flags, "--run-dir", run])}
     told["latest on it"] = (checkpoints / "latest").read_text()
-    on_rank_0(lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(checkpoints)], check=True))
-    told["with room"] = attempt([*flags, "--run-dir", run])
+    forecast = CheckpointSaver._lack_of_room
+    CheckpointSaver._lack_of_room = lambda saver: None  # as where another program takes the room meanwhile
+    told["filled up meanwhile"] = attempt([*flags, "--run-dir", run])
+    CheckpointSaver._lack_of_room = forecast
+    told["left on it"] = {path.name: path.is_dir() for path in sorted(checkpoints.iterdir())}
+    longer = [*flags, "--run-dir", run, "--set", "training.train_steps=6"]
+    remount(checkpoints, "ro")
+    told["read-only"] = attempt(longer)
+    remount(checkpoints, "rw,size=64m")
+    told["with room"] = attempt(longer)
     return told
+
+
+def remount(disk: Path, options: str) -> None:
+    on_rank_0(lambda: subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True))
 
 
 def attempt(arguments: list[str]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from tests.small_text import write_corpus
 
 pytestmark = pytest.mark.distributed
 
-CHECKPOINT_BYTES = 3 * 2**20
-"""Room for one checkpoint of the small model (2 MB), not for two."""
+SMALL_DISK_BYTES = 4 * 2**20
+"""Room for one checkpoint of the small model (2.7 MB), not for two."""
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small_disk(folder: Path) -> Any:
-    """A run folder whose checkpoints are on a disk of 3 MB; None where this user may not mount one."""
+    """A run folder whose checkpoints are on a disk of 4 MB; None where this user may not mount one."""
     checkpoints = folder / "small-disk" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    size = f"size={CHECKPOINT_BYTES}"
+    size = f"size={SMALL_DISK_BYTES}"
     mounted = (
         os.geteuid() == 0 and not subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", checkpoints]).returncode
     )
@@ -45,7 +45,9 @@ def small_disk(folder: Path) -> Any:
 def told(folder: Path, small_disk: Path | None) -> dict[str, Any]:
     """How each attempt of tests/distributed/attempts.py ended on rank 0."""
     corpus = write_corpus(folder / "corpus")
-    flags = arguments(corpus, folder / "run", 2, "training.train_steps=4", "checkpoint.interval=2")
+    flags = arguments(
+        corpus, folder / "run", 2, "training.train_steps=4", "checkpoint.interval=2", "guards.step_0_checks=false"
+    )
     return run_python_ranks(
         Path(__file__).with_name("attempts.py"),
         "tell",
@@ -56,7 +58,7 @@ def told(folder: Path, small_disk: Path | None) -> dict[str, Any]:
             "small_disk": small_disk and str(small_disk),
         },
         num_ranks=2,
-        timeout_seconds=240,
+        timeout_seconds=280,
     )[0]
 
 
@@ -87,15 +89,34 @@ def test_a_checkpoint_that_is_not_there_is_refused(told) -> None:
     assert "global_step77: no checkpoint there" in one_line(told["nothing there"], 2)
 
 
-def test_latest_naming_a_folder_that_is_gone_names_those_that_are_there(told) -> None:
-    line = one_line(told["latest gone"], 2)
-    assert "names global_step99, which is not there; there are global_step2, global_step4" in line
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("latest gone", "there is no file named latest; going on from the newest, global_step4"),
+        ("latest elsewhere", "latest names global_step99, which is not there or not complete; going back to global_s"),
+        ("no manifest", "latest names global_step4, which is not there or not complete; going back to global_step2"),
+        ("cut file", "global_step4: bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt has "),
+        (
+            "flipped byte",
+            "global_step4: bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt is damaged: its checksum is not",
+        ),
+        ("missing file", "global_step4: bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt is missing; going back to the"),
+        ("flipped manifest", "global_step4"),
+    ],
+)
+def test_damage_is_named_before_anything_is_loaded_and_the_run_goes_back(told, folder, damage: str, words: str) -> None:
+    """After each of them the run trains the lost steps again, and saves: the next damage meets a sound checkpoint."""
+    assert "trained to step 4 of 4" in one_line(told[damage], 0)
+    assert words in told[damage]["stderr"]
+    goes_back = damage not in ("latest gone", "latest elsewhere")
+    used = "global_step2" if goes_back else "global_step4"
+    assert f"going on from {folder}/run/checkpoints/{used}\n" in told[damage]["stderr"]
 
 
-def test_a_cut_checkpoint_file_ends_the_run_and_names_the_checkpoint(told) -> None:
-    line = one_line(told["cut state"], 1)
-    assert "global_step4: cannot be read" in line
-    assert "--resume" in line
+def test_where_nothing_is_sound_the_run_ends_with_1_and_says_so(told) -> None:
+    assert "; no other checkpoint is sound" in one_line(told["all damaged"], 1)
+    line = one_line(told["named and damaged"], 1)
+    assert "is damaged: its checksum is not that of what was written; name another with --resume PATH" in line
 
 
 def test_a_corrupt_shard_is_found_by_its_checksum_and_named(told) -> None:
@@ -108,16 +129,30 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step(told) -> None:
     assert "the loss is nan" in line
 
 
-def test_a_full_disk_ends_the_run_and_the_earlier_checkpoint_still_loads(told, small_disk: Path | None) -> None:
+@pytest.fixture
+def on_small_disk(told, small_disk: Path | None) -> dict[str, Any]:
     if small_disk is None:
         pytest.skip("needs root, to mount a small tmpfs")
-    line = one_line(told["full disk"], 1)
+    return told
+
+
+def test_a_disk_without_room_is_found_before_anything_is_written(on_small_disk) -> None:
+    line = one_line(on_small_disk["full disk"], 1)
+    assert "global_step4 was not saved: it takes 3." in line
+    assert on_small_disk["latest on it"] == "global_step2"
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(on_small_disk, small_disk: Path) -> None:
+    line = one_line(on_small_disk["filled up meanwhile"], 1)
     assert "global_step4 was not saved: rank" in line
     assert "No space left on device" in line
-    assert told["left on it"] == {"global_step2": True, "latest": False}
-    assert told["latest on it"] == "global_step2"
-    assert told["with room"]["status"] == 0
-    assert [record["step"] for record in records(small_disk)] == [1, 2, 3, 4]
+    assert on_small_disk["left on it"] == {"global_step2": True, "latest": False}
+
+
+def test_a_read_only_disk_is_named_and_with_room_the_run_goes_on(on_small_disk, small_disk: Path) -> None:
+    assert "Read-only file system; earlier checkpoints are untouched" in one_line(on_small_disk["read-only"], 1)
+    assert on_small_disk["with room"]["status"] == 0
+    assert [record["step"] for record in records(small_disk)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(folder: Path) -> None:
