@@ -9,9 +9,9 @@ DeepSpeed's attributes are those of 0.19.8.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as distributed
@@ -21,20 +21,23 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from dsllm.data.shards import Record
-
 Nesting = Literal["flat", "partitioned", "flat_stage_0", "whole"]
 """How DeepSpeed nests the tensors in its files: stages 1 and 2; 3; 0 in half precision; 0 in fp32."""
 
 
-class Fragment(Record):
+class Fragment(NamedTuple):
     """`numel` elements of a parameter from `param_start` on, which lie in flat tensor `group` from `flat_start` on."""
 
-    name: str
+    parameter: int
+    """Its place among the names of `shapes_of`."""
     param_start: int
     numel: int
     group: int
     flat_start: int
+
+
+Places = Mapping[torch.nn.Parameter, int]
+Groups = Iterable[Iterable[torch.nn.Parameter]]
 
 
 @dataclass(frozen=True)
@@ -52,32 +55,32 @@ class Layout:
 def layout_of(engine: DeepSpeedEngine) -> Layout:
     """The layout of a live engine on this rank."""
     wrapper = engine.optimizer
-    names = engine.param_names
+    places = {parameter: place for place, parameter in enumerate(engine.param_names)}
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         masters = wrapper.fp32_partitioned_groups_flat
-        return Layout("partitioned", wrapper.optimizer, masters, tuple(_partitioned(wrapper, names)))
+        return Layout("partitioned", wrapper.optimizer, masters, tuple(_partitioned(wrapper, places)))
     if isinstance(wrapper, DeepSpeedZeroOptimizer):
         masters = wrapper.single_partition_of_fp32_groups
-        return Layout("flat", wrapper.optimizer, masters, tuple(_linked(wrapper.bit16_groups, names)))
+        return Layout("flat", wrapper.optimizer, masters, tuple(_linked(wrapper.bit16_groups, places)))
     if isinstance(wrapper, BF16_Optimizer):
         masters = wrapper.fp32_groups_flat_partition
-        return Layout("flat", wrapper.optimizer, masters, tuple(_linked(wrapper.bf16_groups, names)))
+        return Layout("flat", wrapper.optimizer, masters, tuple(_linked(wrapper.bf16_groups, places)))
     if isinstance(wrapper, FP16_Optimizer):
         masters = wrapper.fp32_groups_flat
-        return Layout("flat_stage_0", wrapper.optimizer, masters, tuple(_in_a_row(wrapper.fp16_groups, names)))
+        return Layout("flat_stage_0", wrapper.optimizer, masters, tuple(_in_a_row(wrapper.fp16_groups, places)))
     # Stage 0 in fp32: the parameters are their own masters.
     parameters = [parameter for group in wrapper.param_groups for parameter in group["params"]]
-    return Layout("whole", wrapper, parameters, tuple(_in_a_row([[parameter] for parameter in parameters], names)))
+    return Layout("whole", wrapper, parameters, tuple(_in_a_row([[parameter] for parameter in parameters], places)))
 
 
 def shapes_of(engine: DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, whole, by name."""
+    """Shape of every parameter, whole, by name, in the engine's order."""
     return {
         name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for parameter, name in engine.param_names.items()
     }
 
 
-def _partitioned(wrapper: DeepSpeedZeroOptimizer_Stage3, names: dict[Any, str]) -> Iterator[Fragment]:
+def _partitioned(wrapper: DeepSpeedZeroOptimizer_Stage3, places: Places) -> Iterator[Fragment]:
     """Stage 3: of each parameter the rank-th of equal parts, the last of which may be short of elements."""
     rank = distributed.get_rank(wrapper.dp_process_group)
     for parameter in itertools.chain.from_iterable(wrapper.fp16_groups):
@@ -85,28 +88,23 @@ def _partitioned(wrapper: DeepSpeedZeroOptimizer_Stage3, names: dict[Any, str]) 
         param_start = min(rank * part, parameter.ds_numel)
         numel = min(part, parameter.ds_numel - param_start)
         if numel:
-            yield _fragment(names[parameter], param_start, numel, group, flat_start)
+            yield Fragment(places[parameter], param_start, numel, group, flat_start)
 
 
-def _linked(groups: Iterable[Iterable[torch.nn.Parameter]], names: dict[Any, str]) -> Iterator[Fragment]:
+def _linked(groups: Groups, places: Places) -> Iterator[Fragment]:
     """Stages 1 and 2: what DeepSpeed links of each parameter to this rank's part of its flat group."""
     for group, parameters in enumerate(groups):
         for parameter in parameters:
             link = parameter._hp_mapping
             if link is not None:
                 part, place = link.lp_fragment_address, link.hp_fragment_address
-                yield _fragment(names[parameter], part.start, part.numel, group, place.start)
+                yield Fragment(places[parameter], part.start, part.numel, group, place.start)
 
 
-def _in_a_row(groups: Iterable[Iterable[torch.nn.Parameter]], names: dict[Any, str]) -> Iterator[Fragment]:
+def _in_a_row(groups: Groups, places: Places) -> Iterator[Fragment]:
     """Stage 0: every rank has every parameter whole, one behind the other."""
     for group, parameters in enumerate(groups):
         flat_start = 0
         for parameter in parameters:
-            yield _fragment(names[parameter], 0, parameter.numel(), group, flat_start)
+            yield Fragment(places[parameter], 0, parameter.numel(), group, flat_start)
             flat_start += parameter.numel()
-
-
-def _fragment(name: str, param_start: int, numel: int, group: int, flat_start: int) -> Fragment:
-    """Without validation, which would take longer than all the rest."""
-    return Fragment.model_construct(name=name, param_start=param_start, numel=numel, group=group, flat_start=flat_start)

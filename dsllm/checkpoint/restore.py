@@ -19,8 +19,8 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from dsllm.checkpoint.fragments import Layout, layout_of, shapes_of
-from dsllm.checkpoint.states import MASTER, MOMENTS, SavedStates, open_states
+from dsllm.checkpoint.fragments import Fragment, Layout, layout_of, shapes_of
+from dsllm.checkpoint.states import MASTER, MOMENTS, Kind, open_states
 from dsllm.errors import CheckpointError
 
 SCALER_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -33,15 +33,21 @@ def restore_states(engine: DeepSpeedEngine, checkpoint: Path) -> None:
 
     Raises CheckpointError where its parameters are not those of the engine, or its files cannot be read.
     """
-    states, layout = open_states(checkpoint), layout_of(engine)
-    _check_same_parameters(checkpoint, states.shapes, shapes_of(engine))
+    states, layout, shapes = open_states(checkpoint), layout_of(engine), shapes_of(engine)
+    _check_same_parameters(checkpoint, states.shapes, shapes)
+    names = list(shapes)
+
+    def fill(kind: Kind, fragment: Fragment, flat: torch.Tensor) -> None:
+        place = flat.view(-1).narrow(0, fragment.flat_start, fragment.numel)
+        states.copy(kind, names[fragment.parameter], fragment.param_start, place)
+
     for fragment in layout.fragments:
         master = layout.masters[fragment.group]
-        _fill(states, MASTER, fragment, master)
+        fill(MASTER, fragment, master)
         if states.adam_step:
             adam = _adam_state(layout, master, states.adam_step)
             for moment in MOMENTS:
-                _fill(states, moment, fragment, adam[moment])
+                fill(moment, fragment, adam[moment])
         else:  # written before the first update: moments begin with the next one
             layout.optimizer.state.pop(master, None)
     _renew_weights(engine)
@@ -66,11 +72,6 @@ def _set_numbers(scaler: Any, numbers: Mapping[str, float | None]) -> None:
     for name, value in numbers.items():
         if hasattr(scaler, name):
             setattr(scaler, name, value)
-
-
-def _fill(states: SavedStates, kind: Any, fragment: Any, flat: torch.Tensor) -> None:
-    place = flat.view(-1).narrow(0, fragment.flat_start, fragment.numel)
-    states.copy(kind, fragment.name, fragment.param_start, place)
 
 
 def _adam_state(layout: Layout, master: torch.Tensor, step: int) -> dict[str, Any]:

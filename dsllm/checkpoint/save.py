@@ -35,18 +35,22 @@ SPARE_BYTES = 2**18
 Files = dict[str, FileRecord]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pending:
-    """A checkpoint that is being written."""
+    """A checkpoint that does not count yet."""
 
     folder: Path
     step: int
+    copied: Future[None]
+    """Whether this rank's state is in host memory."""
     files: Future[Files]
-    """Of this rank."""
+    """Of this rank, as it has written them."""
+    manifest: Future[str | None] | None = None
+    """Once all ranks have written: what went wrong on rank 0, which completes it."""
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of a run beside its training. `save` and `finish` are collective."""
+    """Writes the checkpoints of a run beside its training. `save`, `poll` and `finish` are collective."""
 
     def __init__(self, engine: DeepSpeedEngine, checkpoints: Path, settings: Checkpoint, precision: Precision) -> None:
         self._engine = engine
@@ -59,43 +63,62 @@ class CheckpointSaver:
 
     @property
     def is_pending(self) -> bool:
-        """Whether a checkpoint is begun that does not count yet: the same on every rank."""
+        """Whether a checkpoint has begun that does not count yet: the same on every rank."""
         return self._pending is not None
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether some of this rank's files are not on the disk yet."""
-        return self._pending is not None and not self._pending.files.done()
 
     def save(self, step: int, *, must_succeed: bool = False) -> None:
         """Begin to write the state after `step` steps, once an earlier checkpoint is finished.
 
-        Training waits for the copy to host memory, and for the disk where `checkpoint.asynchronous` is false or the
-        save `must_succeed`. What cannot be written is a warning, and CheckpointError where it must succeed or the spec
-        says so; earlier checkpoints and `latest` are untouched then.
+        It is copied to host memory beside the next forward and backward, so `settle` must come before the next update.
+        Training waits for the disk where `checkpoint.asynchronous` is false or the save `must_succeed`. What cannot be
+        written is a warning, and CheckpointError where it must succeed or the spec says so; earlier checkpoints and
+        `latest` are untouched then.
         """
         self.finish()
         folder = step_folder(self._checkpoints, step)
         fault = ranks.on_rank_0(lambda: _make_folder(folder))
         if fault is None:
-            files = self._take(folder)
+            snapshot = self._take(folder)
             fault = self._lack_of_room()
         if fault is not None:
             self._give_up(folder, fault, must_succeed)
             return
-        self._pending = _Pending(folder, step, self._writer.submit(_write, folder, files))
+        copied = self._writer.submit(snapshot.copy)
+        self._pending = _Pending(folder, step, copied, self._writer.submit(_write, folder, snapshot.files))
         if must_succeed or not self._settings.asynchronous:
             self.finish(must_succeed=must_succeed)
 
+    def settle(self) -> None:
+        """Wait until this rank's state may change, because it is in host memory. Not collective."""
+        if self._pending is not None:
+            self._pending.copied.result()
+
+    def poll(self) -> None:
+        """Between two steps: let the checkpoint that is being written come as far as it can without waiting."""
+        if self._pending is not None and not ranks.any_rank(_is_busy(self._pending)):
+            self._advance(self._pending, must_succeed=False)
+
     def finish(self, *, must_succeed: bool = False) -> None:
-        """Wait until every rank has written the checkpoint that is pending, if one is, and let it count."""
-        if self._pending is None:
-            return
-        pending, self._pending = self._pending, None
-        outcomes = ranks.gather(_outcome(pending.files))
-        faults = [f"rank {rank} could not write {fault}" for rank, (_, fault) in enumerate(outcomes) if fault]
-        files = {name: record for of_rank, _ in outcomes for name, record in of_rank.items()}
-        fault = faults[0] if faults else ranks.on_rank_0(lambda: self._complete(pending, files))
+        """Wait until the checkpoint that is being written counts, if there is one."""
+        while self._pending is not None:
+            self._advance(self._pending, must_succeed)
+
+    def _advance(self, pending: _Pending, must_succeed: bool) -> None:
+        """Once every rank has written its files, rank 0 completes the checkpoint; once it has, the checkpoint counts.
+
+        Waits for the former or the latter.
+        """
+        if pending.manifest is None:
+            outcomes = ranks.gather(_outcome(pending.files))
+            faults = [f"rank {rank} could not write {fault}" for rank, (_, fault) in enumerate(outcomes) if fault]
+            if not faults:
+                files = {name: record for of_rank, _ in outcomes for name, record in of_rank.items()}
+                pending.manifest = self._begin_to_complete(pending, files)
+                return
+            fault: str | None = faults[0]
+        else:
+            fault = ranks.on_rank_0(pending.manifest.result)
+        self._pending = None
         if fault is not None:
             self._give_up(pending.folder, fault, must_succeed)
         else:
@@ -105,17 +128,17 @@ class CheckpointSaver:
         """Let the writing of this rank end."""
         self._writer.shutdown()
 
-    def _take(self, folder: Path) -> dict[Path, object]:
-        """This rank's files as they are now, in host memory."""
+    def _take(self, folder: Path) -> Snapshot:
+        """This rank's files as they are now."""
         snapshot = Snapshot(self._buffers)
         with _deepspeed_writes_to(snapshot, self._engine):
             self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         rank = distributed.get_rank()
         snapshot.save(random_states(), str(random_state_file(folder, rank)))
-        snapshot.finish()
+        snapshot.begin()
         if states := self._rank_states(snapshot, folder):
             snapshot.files[fragments_file(folder, rank)] = states.model_dump_json()
-        return snapshot.files
+        return snapshot
 
     def _rank_states(self, snapshot: Snapshot, folder: Path) -> RankStates | None:
         """How to read the optimizer's states in what DeepSpeed writes; None on ranks that write none (stage 0)."""
@@ -140,8 +163,9 @@ class CheckpointSaver:
             return None
         return f"it takes {format_bytes(size_bytes)}, and {self._checkpoints} has {format_bytes(free_bytes)} free"
 
-    def _complete(self, pending: _Pending, files: Mapping[str, FileRecord]) -> str | None:
-        """On rank 0: from here on the checkpoint counts, and what it replaces may go. Returns what went wrong."""
+    def _begin_to_complete(self, pending: _Pending, files: Files) -> Future[str | None]:
+        if distributed.get_rank() != 0:
+            return self._writer.submit(lambda: None)
         manifest = Manifest(
             step=pending.step,
             precision=self._precision,
@@ -149,14 +173,7 @@ class CheckpointSaver:
             world_size=distributed.get_world_size(),
             files=files,
         )
-        try:
-            write_manifest(pending.folder, manifest)
-            write_latest(self._checkpoints, pending.folder)
-        except OSError as error:
-            return f"rank 0 could not write {error.filename or pending.folder}: {error.strerror}"
-        keep = self._settings.keep_last, self._settings.keep_every
-        self._writer.submit(remove_old, self._checkpoints, pending.folder, *keep)
-        return None
+        return self._writer.submit(_complete, pending.folder, manifest, self._settings)
 
     def _give_up(self, folder: Path, fault: str, must_succeed: bool) -> None:
         if distributed.get_rank() == 0:
@@ -205,6 +222,25 @@ def _write(folder: Path, files: Mapping[Path, object]) -> Files:
     """On the writing thread: this rank's files, by their names in the checkpoint."""
     records = write_files(files) | offloaded_files(folder, distributed.get_rank())
     return {path.relative_to(folder).as_posix(): record for path, record in records.items()}
+
+
+def _complete(folder: Path, manifest: Manifest, settings: Checkpoint) -> str | None:
+    """On rank 0's writing thread: from here on the checkpoint counts, and what it replaces may go.
+
+    Returns what went wrong.
+    """
+    try:
+        write_manifest(folder, manifest)
+        write_latest(folder.parent, folder)
+    except OSError as error:
+        return f"rank 0 could not write {error.filename or folder}: {error.strerror}"
+    remove_old(folder.parent, folder, settings.keep_last, settings.keep_every)
+    return None
+
+
+def _is_busy(pending: _Pending) -> bool:
+    """Whether this rank still works at it."""
+    return not (pending.manifest or pending.files).done()
 
 
 def _outcome(files: Future[Files]) -> tuple[Files, str | None]:

@@ -23,64 +23,93 @@ from dsllm.errors import CheckpointError
 class HostBuffers:
     """Host memory for the tensors of one rank's checkpoints, kept from one to the next: making it is what takes long.
 
-    On a GPU it is page-locked, so that the copies overlap.
+    For a GPU it is page-locked, so that the device copies into it by itself.
     """
 
     def __init__(self) -> None:
-        self._pin = get_accelerator().device_name() != "cpu"
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
-
-    def copy(self, key: str, state: Any) -> Any:
-        """A copy of nested containers that nothing in training changes; tensors go into the buffers of `key`."""
-        copied: dict[tuple[Any, ...], torch.Tensor] = {}
-
-        def copy_tensor(tensor: torch.Tensor) -> torch.Tensor:
-            # Tied weights are one tensor under two names, and stay one on the disk.
-            identity = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if identity not in copied:
-                buffer = self._buffer((key, len(copied)), tensor)
-                copied[identity] = buffer.copy_(tensor.detach(), non_blocking=True)
-            return copied[identity]
-
-        return _map_tensors(copy_tensor, state)
 
     @property
     def size_bytes(self) -> int:
         """Of all buffers: what this rank's files will take on the disk, their small parts left out."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def _buffer(self, key: tuple[str, int], like: torch.Tensor) -> torch.Tensor:
+    def get(self, key: tuple[str, int], size_bytes: int) -> torch.Tensor:
+        """The buffer of that key, a vector of bytes."""
         buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != like.shape or buffer.dtype != like.dtype:
-            buffer = _pinned(like) if self._pin else _ordinary(like)
-            self._buffers[key] = buffer
+        if buffer is None or buffer.nbytes != size_bytes:
+            buffer = self._buffers[key] = _new_buffer(size_bytes)
         return buffer
 
 
-def _pinned(like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=True)
-
-
-def _ordinary(like: torch.Tensor) -> torch.Tensor:
-    """From numpy: what torch allocates on a CPU would be measured as memory of the training."""
-    return torch.from_numpy(np.empty(like.nbytes, dtype=np.uint8)).view(like.dtype).view(like.shape)
-
-
 class Snapshot(TorchCheckpointEngine):
-    """In the place of DeepSpeed's checkpoint engine: takes its files into host memory instead of writing them."""
+    """In the place of DeepSpeed's checkpoint engine: notes down what it would write, to be copied and written later.
+
+    Between its `save` and the next update of the weights nothing changes in the tensors, so that `copy` runs on another
+    thread while the next forward and backward go on.
+    """
 
     def __init__(self, buffers: HostBuffers) -> None:
         super().__init__()
         self._buffers = buffers
+        self._sources: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._ready = get_accelerator().Event() if _has_device() else None
         self.files: dict[Path, Any] = {}
+        """What is to be written, in host memory once it is copied."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Take one file."""
-        self.files[Path(path)] = self._buffers.copy(path.rpartition("/")[2], state_dict)
+        """Note down one file. What is not a tensor is copied at once."""
+        buffers: dict[int, torch.Tensor] = {}
 
-    def finish(self) -> None:
-        """Wait for the copies."""
-        get_accelerator().synchronize()
+        def in_buffer(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.numel() == 0:  # what stage 3 leaves in the place of a parameter
+                return torch.empty(tensor.shape, dtype=tensor.dtype)
+            # As torch saves them: what shares memory, such as tied weights or parts of a flat tensor, is stored once.
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in buffers:
+                buffer = self._buffers.get((Path(path).name, len(buffers)), storage.nbytes())
+                buffers[storage.data_ptr()] = buffer
+                self._sources.append((buffer, torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)))
+            place = buffers[storage.data_ptr()].untyped_storage()
+            layout = tensor.storage_offset(), tensor.shape, tensor.stride()
+            return torch.empty(0, dtype=tensor.dtype).set_(place, *layout)
+
+        self.files[Path(path)] = _map_tensors(in_buffer, state_dict)
+
+    def begin(self) -> None:
+        """Once all is noted down: on a GPU the copies follow what has been asked of it so far."""
+        if self._ready is not None:
+            self._ready.record()
+
+    def copy(self) -> None:
+        """Fill the buffers; on any thread."""
+        if self._ready is None:
+            for buffer, tensor in self._sources:
+                buffer.copy_(tensor)
+        else:
+            self._copy_from_device(self._ready)
+        self._sources.clear()
+
+    def _copy_from_device(self, ready: Any) -> None:
+        accelerator = get_accelerator()
+        accelerator.set_device(self._sources[0][1].device.index)  # each thread has a device of its own
+        stream = accelerator.Stream()
+        stream.wait_event(ready)
+        with accelerator.stream(stream):
+            for buffer, tensor in self._sources:
+                buffer.copy_(tensor, non_blocking=True)
+        stream.synchronize()
+
+
+def _has_device() -> bool:
+    return bool(get_accelerator().device_name() != "cpu")
+
+
+def _new_buffer(size_bytes: int) -> torch.Tensor:
+    if _has_device():
+        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+    # From numpy: what torch allocates on a CPU would be measured as memory of the training.
+    return torch.from_numpy(np.empty(size_bytes, dtype=np.uint8))
 
 
 def write_files(files: Mapping[Path, Any]) -> dict[Path, FileRecord]:

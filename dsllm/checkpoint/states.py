@@ -81,9 +81,10 @@ class RankwiseStates:
         self.loss_scaler = self._ranks[0].loss_scaler
         self._opened: dict[int, Sequence[_Group]] = {}
         self._pieces: dict[str, list[tuple[int, Fragment]]] = defaultdict(list)
+        names = list(self.shapes)
         for rank, states in enumerate(self._ranks):
             for fragment in states.fragments:
-                self._pieces[fragment.name].append((rank, fragment))
+                self._pieces[names[fragment.parameter]].append((rank, fragment))
 
     @property
     def adam_step(self) -> int:
@@ -190,7 +191,8 @@ def _flat_stage_0(content: dict[str, Any], states: RankStates) -> list[_Group]:
 
 def _whole(content: dict[str, Any], states: RankStates) -> list[_Group]:
     """Stage 0 in fp32: torch's own optimizer, a group for each parameter in its order."""
-    masters = [content["module"][fragment.name] for fragment in states.fragments]
+    names = list(states.shapes)
+    masters = [content["module"][names[fragment.parameter]] for fragment in states.fragments]
     return _pair(masters, content["optimizer"])
 
 

@@ -19,11 +19,9 @@ Record = dict[str, Any]
 class Saver(Protocol):
     """Writes checkpoints while training goes on: dsllm.checkpoint.save.CheckpointSaver."""
 
-    is_pending: bool
-    is_writing: bool
-
     def save(self, step: int, *, must_succeed: bool = False) -> None: ...
-    def finish(self) -> None: ...
+    def settle(self) -> None: ...
+    def poll(self) -> None: ...
 
 
 def train(
@@ -51,7 +49,7 @@ def train(
         rate = learning_rate(step)
         set_learning_rate(engine, rate)
         skipped = engine.skipped_steps
-        metrics = train_step(engine, micro_batches, stop, memory)
+        metrics = train_step(engine, micro_batches, stop, memory, before_update=saver.settle)
         done = step + 1
         check(done, metrics["loss"])
         guards.check_gradients(done, metrics["grad_norm"], engine.skipped_steps > skipped)
@@ -61,15 +59,19 @@ def train(
         is_last = done == train_steps or stop.agreed
         if is_last or done % checkpoint_interval == 0:
             saver.save(done, must_succeed=is_last)
-        elif saver.is_pending and not ranks.any_rank(saver.is_writing):
-            saver.finish()
+        else:
+            saver.poll()
         if stop.agreed:
             break
     return done
 
 
 def train_step(
-    engine: DeepSpeedEngine, micro_batches: Iterator[MicroBatch], stop: guards.StopRequest, memory: MemoryMeter
+    engine: DeepSpeedEngine,
+    micro_batches: Iterator[MicroBatch],
+    stop: guards.StopRequest,
+    memory: MemoryMeter,
+    before_update: Callable[[], None] = lambda: None,
 ) -> Record:
     """One optimizer update: forward and backward for each micro-batch; DeepSpeed accumulates, reduces, clips, steps.
 
@@ -87,6 +89,7 @@ def train_step(
             engine.backward(loss)
         total_loss += loss.detach()
         norm = unscaled_gradient_norm(engine)
+        before_update()
         with memory.phase("step"):
             engine.step()
     loss, stopping = ranks.mean_over_ranks(torch.stack([total_loss / micro_steps, stop.as_tensor(device)])).tolist()
