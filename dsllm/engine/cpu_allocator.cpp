@@ -11,30 +11,35 @@ std::atomic<long long> held{0};
 std::atomic<long long> peak{0};
 c10::Allocator* inner = nullptr;
 
-struct Block {
-  c10::DataPtr data;
-  long long bytes;
-};
+// In front of every block: its size, in as many bytes as keep the alignment of torch's own allocator (c10/core/
+// alignment.h). Not in a context of its own: oneDNN's matrix products in bf16 take raw pointers, for which c10 asserts
+// that address and context are one.
+constexpr size_t header_bytes = 64;
 
 // Tensors may die on other threads than those that made them: gloo's, for one.
-void release(void* context) {
-  auto* block = static_cast<Block*>(context);
-  held -= block->bytes;
-  delete block;
+void release(void* address) {
+  auto* block = static_cast<char*>(address) - header_bytes;
+  held -= *reinterpret_cast<long long*>(block);
+  inner->raw_deallocate(block);
 }
 
 struct CountingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t num_bytes) override {
-    auto data = inner->allocate(num_bytes);
-    void* address = data.get();
-    const auto device = data.device();
-    auto* block = new Block{std::move(data), static_cast<long long>(num_bytes)};
-    const long long now = held += block->bytes;
+    const c10::Device device(c10::DeviceType::CPU);
+    if (num_bytes == 0) {
+      return {nullptr, nullptr, &release, device};
+    }
+    auto* block = static_cast<char*>(inner->raw_allocate(num_bytes + header_bytes));
+    *reinterpret_cast<long long*>(block) = num_bytes;
+    const long long now = held += num_bytes;
     long long before = peak;
     while (now > before && !peak.compare_exchange_weak(before, now)) {
     }
-    return {address, block, &release, device};
+    void* address = block + header_bytes;
+    return {address, address, &release, device};
   }
+
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
 
   void copy_data(void* destination, const void* source, size_t num_bytes) const override {
     default_copy_data(destination, source, num_bytes);
