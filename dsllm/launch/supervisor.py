@@ -19,16 +19,20 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str]) -> int:
     hosts the ranks are not below it: there it gets the signal, and gives them those 30 seconds.
     """
     launchers: list[subprocess.Popen[bytes]] = []
+    too_early: list[signal.Signals] = []
 
     def hand_on(number: int, frame: object) -> None:
-        if not launchers:
-            raise KeyboardInterrupt
-        _hand_on(launchers[0], signal.Signals(number))
+        if launchers:
+            _hand_on(launchers[0], signal.Signals(number))
+        else:
+            too_early.append(signal.Signals(number))
 
     # In place before the launcher starts: a signal that ends dsllm alone would leave the ranks running.
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         launchers.append(subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True))
+        for signal_number in too_early:  # it came while the launcher was starting
+            _hand_on(launchers[0], signal_number)
         status = launchers[0].wait()
     except FileNotFoundError:
         raise UserError("deepspeed: not installed; pip install 'dsllm[train]'") from None
