@@ -26,9 +26,10 @@ def check(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Start a run's ranks and check weights, loss, gradients and ZeRO stage, as a fresh run does before its first step.
+    """Check weights, loss, gradients and ZeRO stage on real ranks, before a run starts.
 
-    No data is read and nothing is kept; GPUs hold the whole model and the states of its optimizer for a moment.
+    A fresh run does the same before its first step. No data is read and nothing is kept; the model is made as for the
+    run, and takes as much memory.
     """
     from dsllm.cli.launch import check_batch, topology_of
     from dsllm.launch.command import launch_command, launch_environment, train_arguments

@@ -26,21 +26,27 @@ def check_case(world: Any, overrides: list[str], fault: str | None = None) -> di
     """`quickstart` with `overrides`: its checks on a small model, and those of its own weights."""
     from dsllm.ds_config import build_ds_config
     from dsllm.engine import guards
+    from dsllm.engine.allocators import allocator
+    from dsllm.engine.gates.small_run import release_engines
     from dsllm.engine.gates.training import check_small_model
     from dsllm.engine.gates.weights import check_weights
     from dsllm.engine.start import start_engine
     from dsllm.spec.load import load_spec
 
-    spec = load_spec("quickstart", overrides)
+    spec, counter = load_spec("quickstart", overrides), allocator("cpu")
+    release_engines()  # that of the case before
+    held_bytes = counter.read().held_bytes if counter else 0
     random_state, linear = torch.get_rng_state(), torch.nn.functional.linear
     with planted(fault):
         checks = check_small_model(spec, world, guards.StopRequest())
         is_as_before = torch.equal(torch.get_rng_state(), random_state) and torch.nn.functional.linear is linear
+        kept_bytes = counter.read().held_bytes - held_bytes if counter else 0
         engine = start_engine(spec, build_ds_config(spec, world.size, "cpu"))
         checks.append(check_weights(engine.module.causal_lm))
     engine.destroy()
     torch.nn.functional.linear = linear  # zero.Init has replaced it
-    return {"checks": {check.name: check.document() for check in checks}, "is_as_before": is_as_before}
+    documents = {check.name: check.document() for check in checks}
+    return {"checks": documents, "is_as_before": is_as_before, "kept_bytes": kept_bytes}
 
 
 def train_each(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ is off by one part in as many as there are ranks, or more."""
 
 
 def check_small_model(spec: Spec, world: World, stop: guards.StopRequest) -> list[Check]:
-    """The checks of training, in their order; what follows finds memory and random numbers as they were. Collective."""
+    """The checks of training, in their order; the run that follows is none the different for them. Collective."""
     checks = list(timed(_checks(spec, world, stop)))
     release_engines()
     return checks

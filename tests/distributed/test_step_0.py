@@ -59,6 +59,12 @@ def test_checks_leave_random_state_and_torchs_own_functions_as_they_were(
     assert outcomes[f"stage {stage}"]["is_as_before"]
 
 
+def test_checks_give_their_memory_back(outcomes: dict[str, dict[str, Any]]) -> None:
+    kept_bytes = [outcomes[f"stage {stage}"]["kept_bytes"] for stage in range(4)]
+    assert all(abs(kept) < 2**16 for kept in kept_bytes[:3]), kept_bytes
+    assert kept_bytes[3] < 8 * 2**20, "DeepSpeed keeps engines of stage 3 alive"
+
+
 @pytest.mark.parametrize(("fault", "name"), FAULTS.items())
 def test_every_planted_fault_is_found_by_its_check(outcomes: dict[str, dict[str, Any]], fault: str, name: str) -> None:
     checks = outcomes[fault]["checks"]
