@@ -35,7 +35,10 @@ def main() -> int:
     try:
         spec = load_spec(arguments.spec, arguments.set)
         run_dir = Path(arguments.run_dir or f"runs/{spec.name}")
-        run_training(spec, run_dir, arguments.resume)
+        if arguments.check:
+            check_start(spec, run_dir)
+        else:
+            run_training(spec, run_dir, arguments.resume)
     except DsllmError as error:
         logger.error("%s", error, exc_info=_wants_tracebacks(), extra={"on_screen": False})
         if rank == 0:  # what stops a run is known to all ranks
@@ -59,6 +62,9 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     from dsllm.ds_config import build_ds_config
     from dsllm.engine import evaluation, guards, inputs, memory_report, metrics, ranks, schedule
     from dsllm.engine.allocators import allocator
+    from dsllm.engine.gates.check import conclude
+    from dsllm.engine.gates.training import check_small_model
+    from dsllm.engine.gates.weights import check_weights
     from dsllm.engine.memory_meter import MemoryMeter
     from dsllm.engine.run_folder import RunFolder, describe_run, log_to, make_passport
     from dsllm.engine.start import loss_implementation, start_engine
@@ -96,9 +102,13 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     if checkpoint is not None:
         ranks.on_rank_0(lambda: check_same_data(checkpoint, passport))
 
-    # Model, state and data, at the same step.
+    # Model, state and data, at the same step; of a fresh run both its settings and its weights are checked.
+    is_checked = checkpoint is None and spec.guards.step_0_checks
+    checks = check_small_model(spec, world, stop) if is_checked else []
     memory = MemoryMeter(allocator(device))
     engine = start_engine(spec, ds_config)
+    if is_checked:
+        conclude([check_weights(engine.module.causal_lm), *checks], folder.checks)
     torch.manual_seed(spec.seed + world.rank)  # for dropout: weights and data have generators of their own
     if checkpoint is not None and (change := conversion(engine, checkpoint)) is not None:
         logger.info("%s", change)
@@ -142,6 +152,26 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
         logger.info("trained to step %d of %d; the run is in %s", done, steps, folder.path)
 
 
+def check_start(spec: Spec, run_dir: Path) -> None:
+    """What `dsllm check` starts on every rank: the checks before a run's first step, without its tokens."""
+    from dsllm.ds_config import build_ds_config
+    from dsllm.engine import guards, ranks
+    from dsllm.engine.gates.check import conclude
+    from dsllm.engine.gates.training import check_small_model
+    from dsllm.engine.gates.weights import check_weights
+    from dsllm.engine.run_folder import RunFolder, log_to
+    from dsllm.engine.start import start_engine
+
+    world = ranks.join()
+    folder = RunFolder(run_dir)
+    log_to(folder.logs, world.rank)
+    # nothing is read by it: where the spec leaves the micro-batch open, one that always divides will do
+    ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size=1)
+    checks = check_small_model(spec, world, guards.StopRequest())
+    engine = start_engine(spec, ds_config)
+    conclude([check_weights(engine.module.causal_lm), *checks], folder.checks)
+
+
 def _wants_tracebacks() -> bool:
     """Whether `dsllm --debug` or the environment asks for them, in the logs."""
     return bool(os.environ.get("DSLLM_DEBUG"))
@@ -156,6 +186,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--run-dir", help="folder of the run; runs/<name> when absent")
     parser.add_argument("--resume", default="auto", help="auto (from the latest checkpoint), never, or a path")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a field")
+    parser.add_argument("--check", action="store_true", help="make the checks before the first step, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     return parser.parse_args()
 

@@ -245,13 +245,13 @@ def launcher(tmp_path: Path) -> Path:
     return tmp_path / "deepspeed"
 
 
-def launch_with(launcher: Path, script: str) -> subprocess.Popen[str]:
+def launch_with(launcher: Path, script: str, *arguments: str) -> subprocess.Popen[str]:
     launcher.write_text(f"#!/bin/sh\n{script}\n")
     launcher.chmod(launcher.stat().st_mode | stat.S_IXUSR)
     program = (
         f"import sys; sys.executable = {str(launcher.parent / 'python')!r}\n"
         "from dsllm.cli.app import main\n"
-        "sys.argv = ['dsllm', 'launch', 'quickstart']\n"
+        f"sys.argv = ['dsllm', *{list(arguments or ('launch', 'quickstart'))!r}]\n"
         "main()"
     )
     return subprocess.Popen(
@@ -278,3 +278,43 @@ def test_a_launch_hands_on_the_signal_and_waits_for_the_run_to_end(launcher: Pat
         process.send_signal(number)
     assert "saved" in process.stdout.read()
     assert process.wait(timeout=60) == 5
+
+
+# --- check ----------------------------------------------------------------------------------------------------------
+
+A_FAILED_CHECK = {"name": "first loss", "passed": False, "expected": "5.96", "found": "87.00", "seconds": 1.25}
+ENDS_WITH_IT = f"""
+while [ "$1" != --run-dir ]; do shift; done
+echo '{json.dumps({"passed": False, "checks": [A_FAILED_CHECK]})}' > "$2/checks.json"
+case "$*" in *--check*) echo "chatter of the ranks"; exit 1;; esac
+"""
+
+
+def test_a_check_that_fails_is_told_in_a_table_and_ends_with_1(launcher: Path) -> None:
+    process = launch_with(launcher, ENDS_WITH_IT, "check", "quickstart")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    row = next(line for line in out.splitlines() if line.strip().startswith("first loss"))
+    assert row.split() == ["first", "loss", "FAILED", "1.2s", "87.00", "5.96"]
+
+
+def test_as_json_nothing_but_the_answers_is_printed(launcher: Path) -> None:
+    process = launch_with(launcher, ENDS_WITH_IT, "check", "quickstart", "--json")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert json.loads(out) == {"passed": False, "checks": [A_FAILED_CHECK]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-gpus", "3"], "batch.global_batch_size: given 16; micro_batch_size 8 on 3 ranks takes 24 sequences"),
+        (["--set", "zero.stage=7"], "quickstart: zero.stage: given 7"),
+    ],
+)
+def test_a_run_that_cannot_be_checked_is_the_users_mistake(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    status, out, err = run(capsys, "check", "quickstart", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"dsllm: {message}")

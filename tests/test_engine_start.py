@@ -67,12 +67,15 @@ def test_deepspeed_makes_the_optimizer_but_in_half_precision_at_stage_0(
     assert (optimizer is None) is not is_own
 
 
-def test_the_own_optimizer_steps_as_torchs_adamw_does() -> None:
+def test_the_own_optimizer_steps_as_torchs_adamw_does_but_for_deepspeeds_step_on_zero_gradients() -> None:
     spec = load_spec("quickstart", ["zero.stage=0", "training.precision=bf16"])
     models = [torch.nn.Linear(8, 8)]
     models.append(copy.deepcopy(models[0]))
     ours = own_optimizer(spec, parameter_groups(models[0], 0.1))
     theirs = torch.optim.AdamW(parameter_groups(models[1], 0.1), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    for parameter in models[0].parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    ours.step()
     for step in range(3):
         for model, optimizer in zip(models, (ours, theirs), strict=True):
             optimizer.zero_grad()

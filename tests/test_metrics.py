@@ -147,6 +147,18 @@ def test_peak_memory_is_the_largest_of_the_phases() -> None:
     assert 3 * 2**20 <= peak_memory_bytes(memory) < 4 * 2**20
 
 
+def test_counted_memory_serves_matrix_products_in_every_type() -> None:
+    counted = allocator("cpu")
+    if counted is None:
+        pytest.skip("no C++ compiler: memory is not counted on this CPU")
+    held_bytes = counted.read().held_bytes
+    for dtype in (torch.float32, torch.bfloat16):  # on CPUs with bf16 instructions the latter takes raw memory
+        product = torch.ones(4, 32, 64, dtype=dtype) @ torch.ones(64, 64, dtype=dtype)
+        assert torch.all(product == 64)
+    del product
+    assert counted.read().held_bytes == held_bytes
+
+
 def test_tensorboard_gets_a_scalar_for_each_number_and_forgets_what_a_resume_runs_again(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -13,6 +13,7 @@ from dsllm.cli.options import Overrides
 
 if TYPE_CHECKING:
     from dsllm.launch.command import Topology
+    from dsllm.spec.sections import Spec
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -53,17 +54,13 @@ def launch(
     """Check a run, print the deepspeed command that starts it, and start it."""
     from dsllm.launch.command import launch_command, launch_environment, train_arguments
     from dsllm.launch.supervisor import run_launcher
-    from dsllm.plan.batch import micro_batch_choices, resolve_batch
     from dsllm.spec.load import load_spec
 
     spec = _one_spec(spec, spec_option)
     loaded = load_spec(spec, overrides or ())
     _check_resume(resume)
-    topology = _topology(hostfile, num_nodes, num_gpus)
-    if loaded.batch.micro_batch_size == "auto":
-        micro_batch_choices(loaded.batch.global_batch_size, topology.world_size)
-    else:
-        resolve_batch(loaded.batch, topology.world_size)
+    topology = topology_of(hostfile, num_nodes, num_gpus)
+    check_batch(loaded, topology.world_size)
     command = launch_command(topology, master_port, train_arguments(spec, run_dir, resume, overrides or ()))
     environment = launch_environment(topology)
     typer.echo(_as_typed(command, environment))
@@ -71,7 +68,8 @@ def launch(
         raise typer.Exit(run_launcher(command, environment))
 
 
-def _topology(hostfile: str | None, num_nodes: int | None, num_gpus: int | None) -> Topology:
+def topology_of(hostfile: str | None, num_nodes: int | None, num_gpus: int | None) -> Topology:
+    """Where the ranks run. Raises UserError where hosts, slots or GPUs are fewer than asked for."""
     from dsllm.errors import UserError
     from dsllm.launch.command import count_gpus, hostfile_topology, local_topology
     from dsllm.launch.hostfile import read_hostfile
@@ -81,6 +79,16 @@ def _topology(hostfile: str | None, num_nodes: int | None, num_gpus: int | None)
     if num_nodes not in (None, 1):
         raise UserError(f"--num-nodes: given {num_nodes} without a hostfile; add --hostfile, which names the hosts")
     return local_topology(num_gpus, count_gpus())
+
+
+def check_batch(spec: Spec, world_size: int) -> None:
+    """Raises UserError where the spec's batch leaves a remainder on so many ranks."""
+    from dsllm.plan.batch import micro_batch_choices, resolve_batch
+
+    if spec.batch.micro_batch_size == "auto":
+        micro_batch_choices(spec.batch.global_batch_size, world_size)
+    else:
+        resolve_batch(spec.batch, world_size)
 
 
 def _one_spec(argument: str | None, option: str | None) -> str:

@@ -11,30 +11,32 @@ std::atomic<long long> held{0};
 std::atomic<long long> peak{0};
 c10::Allocator* inner = nullptr;
 
-// Before each allocation lies its size, so that it can be freed by its address alone: oneDNN's bf16 kernels take and
-// return scratch memory that way (Allocator::raw_allocate). As long as torch's own alignment, which it keeps.
-constexpr size_t kHeader = 64;
+// In front of every block: its size, in as many bytes as keep the alignment of torch's own allocator (c10/core/
+// alignment.h). Not in a context of its own: oneDNN's matrix products in bf16 take raw pointers, for which c10 asserts
+// that address and context are one.
+constexpr size_t header_bytes = 64;
 
 // Tensors may die on other threads than those that made them: gloo's, for one.
 void release(void* address) {
-  if (address == nullptr) {
-    return;
-  }
-  auto* block = static_cast<char*>(address) - kHeader;
+  auto* block = static_cast<char*>(address) - header_bytes;
   held -= *reinterpret_cast<long long*>(block);
   inner->raw_deallocate(block);
 }
 
 struct CountingAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t num_bytes) override {
-    auto* block = static_cast<char*>(inner->raw_allocate(num_bytes + kHeader));
-    *reinterpret_cast<long long*>(block) = static_cast<long long>(num_bytes);
-    const long long now = held += static_cast<long long>(num_bytes);
+    const c10::Device device(c10::DeviceType::CPU);
+    if (num_bytes == 0) {
+      return {nullptr, nullptr, &release, device};
+    }
+    auto* block = static_cast<char*>(inner->raw_allocate(num_bytes + header_bytes));
+    *reinterpret_cast<long long*>(block) = num_bytes;
+    const long long now = held += num_bytes;
     long long before = peak;
     while (now > before && !peak.compare_exchange_weak(before, now)) {
     }
-    auto* address = block + kHeader;
-    return {address, address, &release, c10::Device(c10::DeviceType::CPU)};
+    void* address = block + header_bytes;
+    return {address, address, &release, device};
   }
 
   c10::DeleterFnPtr raw_deleter() const override { return &release; }

@@ -21,6 +21,18 @@ class FlatAdamW(torch.optim.AdamW, FusedAdam):
     """
 
     set_grad_none = True  # read by FusedAdam.zero_grad, which comes before torch's in the order of classes
+    has_begun = False
+
+    def step(self, closure: Any = None) -> Any:
+        """Does nothing the first time, when DeepSpeed steps on zero gradients to have the states made.
+
+        That step would decay the fp32 weights once more than the run does, and put Adam's bias correction a step
+        ahead (runtime/fp16/fused_optimizer.py, initialize_optimizer_states). The states are made by the first real one.
+        """
+        if not self.has_begun:
+            self.has_begun = True
+            return None
+        return super().step(closure)
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> ParameterGroups:

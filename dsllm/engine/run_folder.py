@@ -30,6 +30,7 @@ class RunFolder:
         self.tokenizer = path / "tokenizer"
         self.checkpoints = path / "checkpoints"
         self.memory = path / "memory.json"
+        self.checks = path / "checks.json"
         self.logs = path / "logs"
 
 

@@ -7,28 +7,36 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from typing import IO
 
 from dsllm.errors import UserError
 
 
-def run_launcher(command: Sequence[str], environment: Mapping[str, str]) -> int:
+def run_launcher(command: Sequence[str], environment: Mapping[str, str], stdout: IO[str] | None = None) -> int:
     """Run `command` with additions to the environment until it ends. Returns its exit status as a shell would.
+
+    What launcher and ranks print goes to `stdout`, to this process's own when absent.
 
     A Ctrl-C or SIGTERM goes to the ranks, which finish their step, save and end with 0. DeepSpeed's launcher would
     die of it and leave them behind, or kill them after 30 seconds; in a session of its own it never sees it. On several
     hosts the ranks are not below it: there it gets the signal, and gives them those 30 seconds.
     """
     launchers: list[subprocess.Popen[bytes]] = []
+    too_early: list[signal.Signals] = []
 
     def hand_on(number: int, frame: object) -> None:
-        if not launchers:
-            raise KeyboardInterrupt
-        _hand_on(launchers[0], signal.Signals(number))
+        if launchers:
+            _hand_on(launchers[0], signal.Signals(number))
+        else:
+            too_early.append(signal.Signals(number))
 
     # In place before the launcher starts: a signal that ends dsllm alone would leave the ranks running.
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        launchers.append(subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True))
+        environment = {**os.environ, **environment}
+        launchers.append(subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True))
+        for signal_number in too_early:  # it came while the launcher was starting
+            _hand_on(launchers[0], signal_number)
         status = launchers[0].wait()
     except FileNotFoundError:
         raise UserError("deepspeed: not installed; pip install 'dsllm[train]'") from None
