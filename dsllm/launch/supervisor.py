@@ -22,12 +22,13 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str]) -> int:
     those 30 seconds.
     """
     launchers: list[subprocess.Popen[bytes]] = []
+    early: list[signal.Signals] = []
 
     def hand_on(number: int, frame: object) -> None:
         if launchers:
             _hand_on(launchers[0], signal.Signals(number))
-        elif number != signal.SIGUSR1:  # before there is anything to save
-            raise KeyboardInterrupt
+        else:  # perhaps it runs already, and Popen has not returned
+            early.append(signal.Signals(number))
 
     # In place before the launcher starts: a signal that ends dsllm alone would leave the ranks running.
     before = {number: signal.signal(number, hand_on) for number in SIGNALS}
@@ -37,6 +38,8 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str]) -> int:
                 command, env={**os.environ, **environment}, start_new_session=True, preexec_fn=_ignore_user_signals
             )
         )
+        for number in early:
+            _hand_on(launchers[0], number)
         status = launchers[0].wait()
     except FileNotFoundError:
         raise UserError("deepspeed: not installed; pip install 'dsllm[train]'") from None
