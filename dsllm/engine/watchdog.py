@@ -36,7 +36,6 @@ EXIT_SECONDS = 20.0
 """What the interpreter of a failed rank may take to end: libraries wait for the other ranks there."""
 STDERR = 2  # by its number: sys.stderr may be none that a fault handler can write to
 COLLECTIVES = os.path.dirname(distributed.__file__)
-GO_ON = "the same command goes on from the last checkpoint"
 
 _runs = itertools.count()  # the same number on every rank, since they start each run together
 
@@ -132,7 +131,7 @@ class Watchdog(threading.Thread):
         is_known_to_all = isinstance(error, DsllmError) and not is_broken_connection
         if verdict.by_rank == self._rank or is_known_to_all:
             return None
-        return TrainingError(f"{verdict.reason}; {GO_ON}")
+        return TrainingError(f"{verdict.reason}; the same command goes on from the last checkpoint")
 
     def stop(self) -> None:
         """Say goodbye, and look no more."""
@@ -163,7 +162,8 @@ class Watchdog(threading.Thread):
         for peer in self._peers.values():
             peer.kill_if_silent()
         is_first = verdict.by_rank == self._rank
-        logger.critical("%s; %s", verdict.reason, GO_ON, extra={"on_screen": is_first})
+        message = f"{verdict.reason}; the same command goes on from the last checkpoint"
+        logger.critical("%s", message, extra={"on_screen": is_first})
         self._leave()
         logging.shutdown()
         os._exit(1)
