@@ -44,7 +44,7 @@ def main() -> int:
     try:
         spec = load_spec(arguments.spec, arguments.set)
         run_dir = Path(arguments.run_dir or f"runs/{spec.name}")
-        stop_after = parse_duration(arguments.stop_after, "--stop-after") if arguments.stop_after else None
+        stop_after = None if arguments.stop_after is None else parse_duration(arguments.stop_after, "--stop-after")
         limit = TimeLimit(started, stop_after, slurm_job_end(os.environ))
         run_training(spec, run_dir, arguments.resume, limit)
     except DsllmError as error:
