@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from dsllm.ds_config import build_ds_config
-from dsllm.engine import guards, ranks
+from dsllm.engine import ranks
+from dsllm.engine.activity import Activity
 from dsllm.engine.allocators import allocator
 from dsllm.engine.memory_meter import MemoryMeter
+from dsllm.engine.requests import Requests
 from dsllm.engine.start import start_engine
 from dsllm.engine.trainer import train_step
 from dsllm.spec.load import load_spec
@@ -63,9 +65,9 @@ def measure(spec: Spec, world: ranks.World) -> dict[str, Any]:
             tokens = torch.randint(spec.vocab_size, shape)
             yield {"input_ids": tokens, "labels": tokens, **documents}
 
-    batches, stop = micro_batches(), guards.StopRequest()
+    batches, requests, activity = micro_batches(), Requests(), Activity()
     for _ in range(STEPS):
-        train_step(engine, batches, stop, memory)
+        train_step(engine, batches, requests, memory, activity)
     measured = asdict(memory.measured)
     engine.destroy()
     return measured

@@ -16,8 +16,10 @@ import torch.distributed as distributed
 
 from dsllm.checkpoint.save import CheckpointSaver
 from dsllm.ds_config import build_ds_config
-from dsllm.engine import guards, ranks
+from dsllm.engine import ranks
+from dsllm.engine.activity import Activity
 from dsllm.engine.memory_meter import MemoryMeter
+from dsllm.engine.requests import Requests
 from dsllm.engine.start import start_engine
 from dsllm.engine.trainer import train_step
 from dsllm.spec.load import load_spec
@@ -95,8 +97,8 @@ def training(engine: Any, spec: Spec) -> Callable[..., Any]:
             tokens = torch.randint(spec.vocab_size, shape)
             yield {"input_ids": tokens, "labels": tokens}
 
-    batches, stop, memory = micro_batches(), guards.StopRequest(), MemoryMeter(None)
-    return lambda before_update=lambda: None: train_step(engine, batches, stop, memory, before_update)
+    batches, requests, memory, activity = micro_batches(), Requests(), MemoryMeter(None), Activity()
+    return lambda before_update=lambda: None: train_step(engine, batches, requests, memory, activity, before_update)
 
 
 def timed(work: Callable[[], Any]) -> float:

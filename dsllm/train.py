@@ -19,10 +19,19 @@ import contextlib  # noqa: E402
 import functools  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
+import time  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
+from dsllm.engine.time_limit import TimeLimit, slurm_job_end  # noqa: E402
 from dsllm.errors import DsllmError  # noqa: E402
 from dsllm.spec.load import load_spec  # noqa: E402
 from dsllm.spec.sections import Spec  # noqa: E402
+from dsllm.units import parse_duration  # noqa: E402
+
+if TYPE_CHECKING:
+    from dsllm.engine.activity import Activity
+    from dsllm.engine.ranks import World
+    from dsllm.engine.run_folder import RunFolder
 
 logger = logging.getLogger("dsllm.train")
 logger.addHandler(logging.NullHandler())  # until the run has a folder for its logs
@@ -30,6 +39,7 @@ logger.addHandler(logging.NullHandler())  # until the run has a folder for its l
 
 def main() -> int:
     """Train as the command line says. Returns the exit status: 0 done, 2 the user's mistake, 1 a fault."""
+    started = time.time()
     arguments = _parse_arguments()
     rank = int(os.environ.get("RANK", 0))
     try:
@@ -38,7 +48,9 @@ def main() -> int:
         if arguments.check:
             check_start(spec, run_dir)
         else:
-            run_training(spec, run_dir, arguments.resume)
+            stop_after = None if arguments.stop_after is None else parse_duration(arguments.stop_after, "--stop-after")
+            limit = TimeLimit(started, stop_after, slurm_job_end(os.environ))
+            run_training(spec, run_dir, arguments.resume, limit)
     except DsllmError as error:
         logger.error("%s", error, exc_info=_wants_tracebacks(), extra={"on_screen": False})
         if rank == 0:  # what stops a run is known to all ranks
@@ -51,8 +63,20 @@ def main() -> int:
     return 0
 
 
-def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
-    """One run, from its spec to its last checkpoint, on every rank: all that the loop needs is made here."""
+def run_training(spec: Spec, run_dir: Path, resume: str, limit: TimeLimit) -> None:
+    """One run, on every rank: they meet, and from then on none waits for one that hangs or has died."""
+    from dsllm.engine import ranks, watchdog
+    from dsllm.engine.run_folder import RunFolder, log_to
+
+    world = ranks.join(watchdog.patience_seconds(spec.guards.hang_seconds))
+    folder = RunFolder(run_dir)
+    log_to(folder.logs, world.rank)
+    with watchdog.watch(world, folder.logs, spec.guards.hang_seconds) as activity:
+        carry_out(spec, world, folder, resume, limit, activity)
+
+
+def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: TimeLimit, activity: Activity) -> None:
+    """A run from its spec to its last checkpoint, on every rank: all that the loop needs is made here."""
     import torch
 
     from dsllm.checkpoint.resume import candidates, check_same_data, check_same_run, conversion, load_checkpoint
@@ -60,13 +84,13 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     from dsllm.checkpoint.verify import first_sound
     from dsllm.data.shards import read_manifest
     from dsllm.ds_config import build_ds_config
-    from dsllm.engine import evaluation, guards, inputs, memory_report, metrics, ranks, schedule
+    from dsllm.engine import evaluation, guards, inputs, memory_report, metrics, ranks, requests, schedule
     from dsllm.engine.allocators import allocator
     from dsllm.engine.gates.check import conclude
     from dsllm.engine.gates.training import check_small_model
     from dsllm.engine.gates.weights import check_weights
     from dsllm.engine.memory_meter import MemoryMeter
-    from dsllm.engine.run_folder import RunFolder, describe_run, log_to, make_passport
+    from dsllm.engine.run_folder import describe_run, make_passport
     from dsllm.engine.start import loss_implementation, start_engine
     from dsllm.engine.trainer import train
     from dsllm.launch.devices import calibration_file
@@ -78,11 +102,8 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     from dsllm.plan.workload import workload
     from dsllm.spec.derived import train_steps
 
-    # Who is here, and where the run stands.
-    world = ranks.join()
-    folder = RunFolder(run_dir)
-    log_to(folder.logs, world.rank)
-    stop = guards.StopRequest()
+    # Where the run stands.
+    asked = requests.Requests(limit if world.rank == 0 else None)
     checkpoint = first_sound(ranks.on_rank_0(lambda: candidates(resume, folder.checkpoints)))
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
@@ -97,14 +118,16 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
     ds_config = build_ds_config(spec, world.size, device, micro_batch_size)
+    activity("preparing tokens")
     data = inputs.ready_data(spec, folder)
+    activity("starting")
     passport = ranks.on_rank_0(lambda: make_passport(spec, world.size, ranks.device_name(), data))
     if checkpoint is not None:
         ranks.on_rank_0(lambda: check_same_data(checkpoint, passport))
 
     # Model, state and data, at the same step; of a fresh run both its settings and its weights are checked.
     is_checked = checkpoint is None and spec.guards.step_0_checks
-    checks = check_small_model(spec, world, stop) if is_checked else []
+    checks = check_small_model(spec, world, asked, activity) if is_checked else []
     memory = MemoryMeter(allocator(device))
     engine = start_engine(spec, ds_config)
     if is_checked:
@@ -119,7 +142,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
         shares = evaluation.mix_shares(spec.data, read_manifest(data))
     ranks.on_rank_0(lambda: describe_run(folder, spec, ds_config, passport))
 
-    saver = CheckpointSaver(engine, folder.checkpoints, spec.checkpoint, spec.training.precision)
+    saver = CheckpointSaver(engine, folder.checkpoints, spec.checkpoint, spec.training.precision, limit.save_took)
     with (
         contextlib.closing(saver),
         metrics.open_recorder(spec, folder, batch, world, first_step, steps, memory) as record,
@@ -137,17 +160,19 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
                 peak=spec.optimizer.learning_rate,
                 train_steps=steps,
             ),
-            evaluate=functools.partial(evaluation.evaluate, engine, validation, shares),
+            evaluate=functools.partial(evaluation.evaluate, engine, activity.counting(validation), shares),
             saver=saver,
             record=record,
             check=functools.partial(guards.check_loss, untrained_loss=guards.untrained_loss(model_shape(spec), spec)),
-            stop=stop,
+            requests=asked,
             memory=memory,
+            activity=activity,
         )
     memory_report.conclude(folder.memory, predicted, engine, memory.measured, steps=done - first_step)
     if done < steps:
-        asked = stop.signal.name if stop.signal else "a signal to another rank"
-        logger.info("stopped by %s after step %d of %d; saved: the same command goes on from there", asked, done, steps)
+        logger.info(
+            "stopped by %s after step %d of %d; saved: the same command goes on from there", asked.reason, done, steps
+        )
     else:
         logger.info("trained to step %d of %d; the run is in %s", done, steps, folder.path)
 
@@ -155,10 +180,12 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
 def check_start(spec: Spec, run_dir: Path) -> None:
     """What `dsllm check` starts on every rank: the checks before a run's first step, without its tokens."""
     from dsllm.ds_config import build_ds_config
-    from dsllm.engine import guards, ranks
+    from dsllm.engine import ranks
+    from dsllm.engine.activity import Activity
     from dsllm.engine.gates.check import conclude
     from dsllm.engine.gates.training import check_small_model
     from dsllm.engine.gates.weights import check_weights
+    from dsllm.engine.requests import Requests
     from dsllm.engine.run_folder import RunFolder, log_to
     from dsllm.engine.start import start_engine
 
@@ -167,7 +194,7 @@ def check_start(spec: Spec, run_dir: Path) -> None:
     log_to(folder.logs, world.rank)
     # nothing is read by it: where the spec leaves the micro-batch open, one that always divides will do
     ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size=1)
-    checks = check_small_model(spec, world, guards.StopRequest())
+    checks = check_small_model(spec, world, Requests(), Activity())
     engine = start_engine(spec, ds_config)
     conclude([check_weights(engine.module.causal_lm), *checks], folder.checks)
 
@@ -185,6 +212,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--spec", required=True, help="spec file, or the name of a preset")
     parser.add_argument("--run-dir", help="folder of the run; runs/<name> when absent")
     parser.add_argument("--resume", default="auto", help="auto (from the latest checkpoint), never, or a path")
+    parser.add_argument("--stop-after", metavar="TIME", help="save and end after so long, as 90s, 45m, 3h50m or 1d2h")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a field")
     parser.add_argument("--check", action="store_true", help="make the checks before the first step, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it

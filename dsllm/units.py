@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+
+from dsllm.errors import UserError
 
 GIB = 2**30
 MIB = 2**20
@@ -46,6 +49,19 @@ def format_duration(seconds: float) -> str:
     if days:
         return f"{days}d{hours:02d}h"
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def parse_duration(text: str, name: str) -> float:
+    """Seconds of `90s`, `45m`, `3h50m`, `1d2h`, or a plain number of seconds.
+
+    Raises UserError, which names the option `name`, for anything else, and for no time at all.
+    """
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    match = re.fullmatch("".join(rf"(?:(?P<{unit}>\d+){unit})?" for unit in units), text + "s" * text.isdecimal())
+    seconds = sum(int(match[unit] or 0) * units[unit] for unit in units) if match else 0
+    if seconds == 0:
+        raise UserError(f"{name}: given '{text}'; must be a time such as 90s, 45m, 3h50m or 1d2h")
+    return float(seconds)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,7 @@ def test_a_dry_run_prints_the_command_and_stops(capsys: pytest.CaptureFixture[st
         (["--resume", "nothing"], "--resume: given 'nothing'; there is no such path; must be auto, never or a"),
         (["--num-nodes", "2"], "--num-nodes: given 2 without a hostfile; add --hostfile"),
         (["--set", "zero.stage=7"], "quickstart: zero.stage: given 7"),
+        (["--stop-after", "soon"], "--stop-after: given 'soon'; must be a time such as 90s, 45m, 3h50m or 1d2h"),
     ],
 )
 def test_a_launch_that_cannot_work_is_refused_before_it_starts(
@@ -257,6 +259,33 @@ def launch_with(launcher: Path, script: str, *arguments: str) -> subprocess.Pope
     return subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
+
+
+def test_a_launch_hands_sigusr1_and_sigusr2_on_to_the_ranks_and_no_launcher_dies_of_them(launcher: Path) -> None:
+    rank = (
+        "import signal, sys, time\n"
+        "said = []\n"
+        "for name in ('SIGUSR1', 'SIGUSR2'):\n"
+        "    number = getattr(signal, name)\n"
+        "    print(signal.getsignal(number) == signal.SIG_IGN, flush=True)\n"
+        "    signal.signal(number, lambda number, frame: said.append(number))\n"
+        "print('ready', flush=True)\n"
+        "while len(said) < 2: time.sleep(0.05)\n"
+        "print(*map(int, said), flush=True)\n"
+    )
+    (launcher.parent / "rank.py").write_text(rank)
+    process = launch_with(launcher, f"RANK=0 {launcher.parent}/python {launcher.parent}/rank.py; exit $?")
+    assert process.stdout is not None
+    lines = []
+    while "ready" not in lines:
+        assert process.poll() is None
+        lines.append(process.stdout.readline().strip())
+    assert lines[-3:-1] == ["True", "True"], "until a rank answers them, they are ignored"
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        process.send_signal(number)
+        time.sleep(0.5)  # two pending signals have no order
+    assert process.stdout.read().strip() == f"{signal.SIGUSR1:d} {signal.SIGUSR2:d}"
+    assert process.wait(timeout=60) == 0
 
 
 def test_a_launch_ends_with_the_status_of_the_launcher(launcher: Path) -> None:

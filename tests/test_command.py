@@ -101,6 +101,7 @@ def test_train_arguments_leave_defaults_out_and_keep_the_order_of_overrides() ->
     assert train_arguments("1b", "out", "never", ["seed=1", "zero.stage=3"]) == (
         ["--spec", "1b", "--run-dir", "out", "--resume", "never", "--set", "seed=1", "--set", "zero.stage=3"]
     )
+    assert train_arguments("1b", None, "auto", [], "3h50m") == ["--spec", "1b", "--stop-after", "3h50m"]
 
 
 @pytest.mark.parametrize(("listed", "count"), [("0,1,2", 3), ("", 0), ("-1", 0), ("GPU-3f2a", 1)])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,16 +48,26 @@ class _Pending:
     """Of this rank, as it has written them."""
     manifest: Future[str | None] | None = None
     """Once all ranks have written: what went wrong on rank 0, which completes it."""
+    begun: float = field(default_factory=time.monotonic)
 
 
 class CheckpointSaver:
     """Writes the checkpoints of a run beside its training. `save`, `poll` and `finish` are collective."""
 
-    def __init__(self, engine: DeepSpeedEngine, checkpoints: Path, settings: Checkpoint, precision: Precision) -> None:
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        checkpoints: Path,
+        settings: Checkpoint,
+        precision: Precision,
+        took: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """`took` is told of each checkpoint how many seconds passed until it counted."""
         self._engine = engine
         self._checkpoints = checkpoints
         self._settings = settings
         self._precision = precision
+        self._took = took
         self._buffers = HostBuffers()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
@@ -122,6 +133,7 @@ class CheckpointSaver:
         if fault is not None:
             self._give_up(pending.folder, fault, must_succeed)
         else:
+            self._took(time.monotonic() - pending.begun)
             logger.info("saved %s", pending.folder)
 
     def close(self) -> None:

@@ -47,6 +47,10 @@ def launch(
     resume: Annotated[
         str, typer.Option(metavar="auto|never|PATH", help="Whether and where to carry on from.")
     ] = "auto",
+    stop_after: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--stop-after", metavar="TIME", help="Save and end after so long: 90s, 45m, 3h50m, 1d2h."),
+    ] = None,
     master_port: Annotated[int, typer.Option("--master-port", min=1, max=65535, help="Port of rank 0.")] = 29500,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
     overrides: Overrides = None,
@@ -55,13 +59,17 @@ def launch(
     from dsllm.launch.command import launch_command, launch_environment, train_arguments
     from dsllm.launch.supervisor import run_launcher
     from dsllm.spec.load import load_spec
+    from dsllm.units import parse_duration
 
     spec = _one_spec(spec, spec_option)
     loaded = load_spec(spec, overrides or ())
     _check_resume(resume)
+    if stop_after is not None:
+        parse_duration(stop_after, "--stop-after")
     topology = topology_of(hostfile, num_nodes, num_gpus)
     check_batch(loaded, topology.world_size)
-    command = launch_command(topology, master_port, train_arguments(spec, run_dir, resume, overrides or ()))
+    arguments = train_arguments(spec, run_dir, resume, overrides or (), stop_after)
+    command = launch_command(topology, master_port, arguments)
     environment = launch_environment(topology)
     typer.echo(_as_typed(command, environment))
     if not dry_run:

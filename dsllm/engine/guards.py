@@ -1,12 +1,9 @@
-"""What stops a run: a request from outside, or numbers that make going on pointless."""
+"""What stops a run: numbers that make going on pointless."""
 
 from __future__ import annotations
 
 import logging
 import math
-import signal
-
-import torch
 
 from dsllm.errors import TrainingError
 from dsllm.plan.model_shape import ModelShape
@@ -16,32 +13,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_LOSS_TOLERANCE = 3.0
 """Nats that the first loss may lie from its expectation. A missing initialisation is off by tens."""
-
-
-class StopRequest:
-    """SIGTERM and SIGINT ask for the end of the run after the current step.
-
-    DeepSpeed's launcher answers a Ctrl-C that every rank has already received with a SIGTERM of its own, so only a
-    second SIGINT ends the run at once.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self.agreed = False
-        """Whether any rank has been asked, which all ranks learn together at the end of a step."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def as_tensor(self, device: torch.device) -> torch.Tensor:
-        """1 on a rank that has been asked, else 0; to be reduced over the ranks."""
-        return torch.tensor(float(self.signal is not None), device=device)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self.signal is None:
-            self.signal = signal.Signals(number)
-            logger.warning("%s: finishing this step, then saving; Ctrl-C again ends at once", self.signal.name)
 
 
 def check_loss(step: int, loss: float, untrained_loss: float) -> None:

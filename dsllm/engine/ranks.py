@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
 import deepspeed
@@ -31,8 +32,11 @@ class World:
     """Ranks on this host."""
 
 
-def join() -> World:
-    """Meet the other ranks, and share the cores with those on this host. A process started alone is a world of one."""
+def join(patience_seconds: float = 1800.0) -> World:
+    """Meet the other ranks, and share the cores with those on this host. A process started alone is a world of one.
+
+    `patience_seconds` is how long a collective may wait for a rank before it fails.
+    """
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
@@ -42,7 +46,8 @@ def join() -> World:
     else:
         # Serves DeepSpeed's inference only, and is compiled at the first start: no compiler is needed without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(get_accelerator().communication_backend_name())
+    backend = get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=patience_seconds))
     size = distributed.get_world_size()
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size)
     if device_type() == "cpu":

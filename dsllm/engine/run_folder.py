@@ -57,13 +57,16 @@ def make_passport(spec: Spec, world_size: int, device: str, data: Path) -> dict[
 
 
 def log_to(folder: Path, rank: int) -> None:
-    """Everything to `rank<r>.log`; what dsllm itself says on rank 0 to stderr too."""
+    """Everything to `rank<r>.log`; what dsllm itself says on rank 0 to stderr too.
+
+    An entry's own `on_screen` decides otherwise, on any rank.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(folder / f"rank{rank}.log")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     screen = logging.StreamHandler(sys.stderr)
     screen.setFormatter(logging.Formatter("%(message)s"))
-    screen.addFilter(lambda entry: rank == 0 and entry.name.startswith("dsllm") and getattr(entry, "on_screen", True))
+    screen.addFilter(lambda entry: getattr(entry, "on_screen", rank == 0 and entry.name.startswith("dsllm")))
     logging.basicConfig(level=logging.INFO, handlers=[file, screen], force=True)
     logging.captureWarnings(True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # its lines hold whole addresses, signatures included

@@ -131,13 +131,17 @@ def launch_command(topology: Topology, master_port: int, train_arguments: Sequen
     return [*command, str(TRAIN_SCRIPT), *train_arguments]
 
 
-def train_arguments(spec: str, run_dir: str | None, resume: str, overrides: Sequence[str]) -> list[str]:
+def train_arguments(
+    spec: str, run_dir: str | None, resume: str, overrides: Sequence[str], stop_after: str | None = None
+) -> list[str]:
     """What `dsllm/train.py` is started with; defaults are left out."""
     arguments = ["--spec", spec]
     if run_dir is not None:
         arguments += ["--run-dir", run_dir]
     if resume != "auto":
         arguments += ["--resume", resume]
+    if stop_after is not None:
+        arguments += ["--stop-after", stop_after]
     for override in overrides:
         arguments += ["--set", override]
     return arguments

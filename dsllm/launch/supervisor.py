@@ -1,4 +1,4 @@
-"""Runs DeepSpeed's launcher, and hands the signals that end a run to the ranks themselves."""
+"""Runs DeepSpeed's launcher, and hands the signals that a run answers to the ranks themselves."""
 
 from __future__ import annotations
 
@@ -11,32 +11,42 @@ from typing import IO
 
 from dsllm.errors import UserError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
 
 def run_launcher(command: Sequence[str], environment: Mapping[str, str], stdout: IO[str] | None = None) -> int:
     """Run `command` with additions to the environment until it ends. Returns its exit status as a shell would.
 
     What launcher and ranks print goes to `stdout`, to this process's own when absent.
 
-    A Ctrl-C or SIGTERM goes to the ranks, which finish their step, save and end with 0. DeepSpeed's launcher would
-    die of it and leave them behind, or kill them after 30 seconds; in a session of its own it never sees it. On several
-    hosts the ranks are not below it: there it gets the signal, and gives them those 30 seconds.
+    A Ctrl-C, SIGTERM or SIGUSR2 goes to the ranks, which finish their step, save and end with 0; at SIGUSR1 they save
+    and go on. DeepSpeed's launcher would die of it and leave them behind, or kill them after 30 seconds; in a session
+    of its own it never sees it. On several hosts the ranks are not below it: there it gets the signal, and gives them
+    those 30 seconds.
     """
     launchers: list[subprocess.Popen[bytes]] = []
-    too_early: list[signal.Signals] = []
+    early: list[signal.Signals] = []
 
     def hand_on(number: int, frame: object) -> None:
         if launchers:
             _hand_on(launchers[0], signal.Signals(number))
-        else:
-            too_early.append(signal.Signals(number))
+        else:  # perhaps it runs already, and Popen has not returned
+            early.append(signal.Signals(number))
 
     # In place before the launcher starts: a signal that ends dsllm alone would leave the ranks running.
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, hand_on) for number in SIGNALS}
     try:
-        environment = {**os.environ, **environment}
-        launchers.append(subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True))
-        for signal_number in too_early:  # it came while the launcher was starting
-            _hand_on(launchers[0], signal_number)
+        launchers.append(
+            subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                stdout=stdout,
+                start_new_session=True,
+                preexec_fn=_ignore_user_signals,
+            )
+        )
+        for number in early:
+            _hand_on(launchers[0], number)
         status = launchers[0].wait()
     except FileNotFoundError:
         raise UserError("deepspeed: not installed; pip install 'dsllm[train]'") from None
@@ -44,6 +54,13 @@ def run_launcher(command: Sequence[str], environment: Mapping[str, str], stdout:
         for number, handler in before.items():
             signal.signal(number, handler)
     return status if status >= 0 else 128 - status
+
+
+def _ignore_user_signals() -> None:
+    """In what is started, until a rank answers them: their default is the end of a process, and Slurm sends them to
+    each one of a job step, DeepSpeed's launchers among them."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _hand_on(launcher: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -25,11 +25,12 @@ def check_each(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def check_case(world: Any, overrides: list[str], fault: str | None = None) -> dict[str, Any]:
     """`quickstart` with `overrides`: its checks on a small model, and those of its own weights."""
     from dsllm.ds_config import build_ds_config
-    from dsllm.engine import guards
+    from dsllm.engine.activity import Activity
     from dsllm.engine.allocators import allocator
     from dsllm.engine.gates.small_run import release_engines
     from dsllm.engine.gates.training import check_small_model
     from dsllm.engine.gates.weights import check_weights
+    from dsllm.engine.requests import Requests
     from dsllm.engine.start import start_engine
     from dsllm.spec.load import load_spec
 
@@ -38,7 +39,7 @@ def check_case(world: Any, overrides: list[str], fault: str | None = None) -> di
     held_bytes = counter.read().held_bytes if counter else 0
     random_state, linear = torch.get_rng_state(), torch.nn.functional.linear
     with planted(fault):
-        checks = check_small_model(spec, world, guards.StopRequest())
+        checks = check_small_model(spec, world, Requests(), Activity())
         is_as_before = torch.equal(torch.get_rng_state(), random_state) and torch.nn.functional.linear is linear
         kept_bytes = counter.read().held_bytes - held_bytes if counter else 0
         engine = start_engine(spec, build_ds_config(spec, world.size, "cpu"))

@@ -44,6 +44,8 @@ class RankResult:
     seconds: float
     launcher_output: str
     rank_outputs: tuple[str, ...]
+    left_behind: tuple[str, ...]
+    """Processes that were still there when the launcher had ended; they are killed then."""
 
 
 def run_ranks(
@@ -60,12 +62,36 @@ def run_ranks(
     Raises RanksFailed when it runs past `timeout_seconds`, naming the ranks that were still alive and where they were,
     and, with `check`, when it exits with anything but 0.
     """
+    deepspeed = Path(sys.executable).parent / "deepspeed"
+    command = [deepspeed, "--num_gpus", str(num_ranks), "--master_port", str(free_port()), "--enable_each_rank_log"]
     with tempfile.TemporaryDirectory() as folder:
-        logs = Path(folder)
-        started = time.monotonic()
-        environment = _environment(num_ranks, uuid.uuid4().hex, env)
-        returncode, hung = _launch(script_args, num_ranks, timeout_seconds, cwd, environment, logs)
-        result = RankResult(returncode, time.monotonic() - started, *_read_logs(logs, num_ranks))
+        command += [Path(folder) / "ranks", *script_args]
+        return _run(command, num_ranks, timeout_seconds, cwd, env, check, Path(folder))
+
+
+def run_launch(
+    arguments: Sequence[str | Path], *, num_ranks: int, timeout_seconds: float, check: bool = True
+) -> RankResult:
+    """`dsllm launch <arguments>`, otherwise as `run_ranks`. All that the ranks write is in `launcher_output`."""
+    launch = [sys.executable, "-m", "dsllm.cli.app", "launch", "--num-gpus", str(num_ranks)]
+    command = [*launch, "--master-port", str(free_port()), *arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(command, num_ranks, timeout_seconds, ROOT, None, check, Path(folder))
+
+
+def _run(
+    command: Sequence[str | Path],
+    num_ranks: int,
+    timeout_seconds: float,
+    cwd: Path,
+    env: Mapping[str, str] | None,
+    check: bool,
+    logs: Path,
+) -> RankResult:
+    started = time.monotonic()
+    environment = _environment(num_ranks, uuid.uuid4().hex, env)
+    returncode, hung, left = _launch(command, timeout_seconds, cwd, environment, logs)
+    result = RankResult(returncode, time.monotonic() - started, *_read_logs(logs, num_ranks), tuple(left))
     if hung:
         raise RanksFailed(f"still running after {timeout_seconds:g} s: {', '.join(hung)}\n{last_lines(result)}")
     if check and returncode != 0:
@@ -112,25 +138,21 @@ def free_port() -> int:
 
 
 def _launch(
-    script_args: Sequence[str | Path],
-    num_ranks: int,
+    command: Sequence[str | Path],
     timeout_seconds: float,
     cwd: Path,
     env: dict[str, str],
     logs: Path,
-) -> tuple[int, list[str]]:
-    """The exit status, and what was alive at the time limit."""
-    deepspeed = Path(sys.executable).parent / "deepspeed"
-    ports = ["--master_port", str(free_port())]
-    command = [deepspeed, "--num_gpus", str(num_ranks), *ports, "--enable_each_rank_log", logs / "ranks", *script_args]
+) -> tuple[int, list[str], list[str]]:
+    """The exit status, the ranks that were alive at the time limit, and what the launcher left behind."""
     with (logs / "launcher.log").open("wb") as log:
         launcher = subprocess.Popen(
             [str(part) for part in command], cwd=cwd, env=env, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            return launcher.wait(timeout_seconds), []
+            return launcher.wait(timeout_seconds), [], _names(processes_of(env[RUN_ID]))
         except subprocess.TimeoutExpired:
-            return -signal.SIGKILL, _dump_tracebacks(env[RUN_ID])
+            return -signal.SIGKILL, _dump_tracebacks(env[RUN_ID]), []
         finally:
             _kill(env[RUN_ID])
             launcher.wait()
@@ -166,6 +188,16 @@ def _dump_tracebacks(run_id: str) -> list[str]:
             _signal(process, signal.SIGABRT)
     psutil.wait_procs([process for process, rank in ranks.items() if rank is not None], timeout=TRACEBACK_SECONDS)
     return sorted({f"rank {rank}" for rank in ranks.values() if rank is not None}) or ["the launcher, and no rank yet"]
+
+
+def _names(processes: Sequence[psutil.Process]) -> list[str]:
+    """Their command lines, without those that end within a moment."""
+    _, alive = psutil.wait_procs(processes, timeout=2)
+    names = []
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            names.append(" ".join(process.cmdline()))
+    return names
 
 
 def _kill(run_id: str) -> None:

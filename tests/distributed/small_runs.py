@@ -120,8 +120,10 @@ def run_case(
 ) -> dict[str, Any]:
     """One case on this rank."""
     from dsllm.ds_config import build_ds_config
-    from dsllm.engine import evaluation, guards, ranks
+    from dsllm.engine import evaluation, ranks
+    from dsllm.engine.activity import Activity
     from dsllm.engine.memory_meter import MemoryMeter
+    from dsllm.engine.requests import Requests
     from dsllm.engine.start import start_engine
     from dsllm.engine.trainer import set_learning_rate, train_step
 
@@ -134,10 +136,11 @@ def run_case(
     micro_batches = read(steps, world.rank, world.size, size)
     first_step = functools.partial(read, 1, world.rank, world.size, size)
     validation = evaluation.evaluate(engine, {"news": first_step, "code": first_step}, {"news": 1.0})
-    losses, norms, stop, memory = [], [], guards.StopRequest(), MemoryMeter(None)
+    losses, norms = [], []
+    requests, memory, activity = Requests(), MemoryMeter(None), Activity()
     for step in range(steps):
         set_learning_rate(engine, warm_up(step))
-        metrics = train_step(engine, micro_batches, stop, memory)
+        metrics = train_step(engine, micro_batches, requests, memory, activity)
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
     engine.destroy()

@@ -63,15 +63,16 @@ def _save(engine: Any, spec: Any, folder: str, step: int) -> None:
 
 
 def _train_and_save(stage: int, overrides: list[str], folder: str) -> bool:
-    from dsllm.engine import guards
+    from dsllm.engine.activity import Activity
     from dsllm.engine.memory_meter import MemoryMeter
+    from dsllm.engine.requests import Requests
     from dsllm.engine.trainer import set_learning_rate, train_step
 
     engine, spec, world = _engine(stage, overrides)
     micro_batches = own_micro_batches(STEPS, world.rank, world.size, GLOBAL_BATCH_SIZE // world.size)
     for step in range(STEPS):
         set_learning_rate(engine, warm_up(step))
-        train_step(engine, micro_batches, guards.StopRequest(), MemoryMeter(None))
+        train_step(engine, micro_batches, Requests(), MemoryMeter(None), Activity())
     _save(engine, spec, folder, STEPS)
     return True
 

@@ -15,8 +15,10 @@ from deepspeed.accelerator import get_accelerator
 
 from dsllm.data.loader import MicroBatch
 from dsllm.ds_config import build_ds_config
-from dsllm.engine import guards, ranks
+from dsllm.engine import ranks
+from dsllm.engine.activity import Activity
 from dsllm.engine.memory_meter import MemoryMeter
+from dsllm.engine.requests import Requests
 from dsllm.engine.start import start_engine
 from dsllm.engine.trainer import set_learning_rate, train_step
 from dsllm.model.build import build_model, model_config
@@ -99,13 +101,18 @@ def small_engine(small: Spec, world_size: int, gradient_accumulation_steps: int 
 
 
 def train(
-    engine: DeepSpeedEngine, tokens: torch.Tensor, num_steps: int, stop: guards.StopRequest, memory: MemoryMeter
+    engine: DeepSpeedEngine,
+    tokens: torch.Tensor,
+    num_steps: int,
+    requests: Requests,
+    memory: MemoryMeter,
+    activity: Activity,
 ) -> Steps:
     """Steps on `tokens` of `own_tokens`, all on the same. Collective."""
     micro_batches, steps = itertools.cycle(_micro_batches(engine, tokens)), Steps([], [])
     for _ in range(num_steps):
         set_learning_rate(engine, LEARNING_RATE)
-        metrics = train_step(engine, micro_batches, stop, memory)
+        metrics = train_step(engine, micro_batches, requests, memory, activity)
         steps.losses.append(metrics["loss"])
         steps.gradient_norms.append(metrics["grad_norm"])
     return steps

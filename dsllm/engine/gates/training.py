@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 
 from dsllm.engine import guards
+from dsllm.engine.activity import Activity
 from dsllm.engine.gates.check import Check, timed
 from dsllm.engine.gates.small_run import (
     Steps,
@@ -19,6 +20,7 @@ from dsllm.engine.gates.small_run import (
 )
 from dsllm.engine.memory_meter import MemoryMeter
 from dsllm.engine.ranks import World
+from dsllm.engine.requests import Requests
 from dsllm.plan.model_shape import model_shape
 from dsllm.spec.sections import Precision, Spec
 
@@ -37,17 +39,17 @@ NORM_TOLERANCES: dict[Precision, float] = {"fp32": 3e-3, "bf16": 1.5e-2, "fp16":
 is off by one part in as many as there are ranks, or more."""
 
 
-def check_small_model(spec: Spec, world: World, stop: guards.StopRequest) -> list[Check]:
+def check_small_model(spec: Spec, world: World, requests: Requests, activity: Activity) -> list[Check]:
     """The checks of training, in their order; the run that follows is none the different for them. Collective."""
-    checks = list(timed(_checks(spec, world, stop)))
+    checks = list(timed(_checks(spec, world, requests, activity)))
     release_engines()
     return checks
 
 
-def _checks(spec: Spec, world: World, stop: guards.StopRequest) -> Iterator[Check]:
+def _checks(spec: Spec, world: World, requests: Requests, activity: Activity) -> Iterator[Check]:
     small, tokens = shrink(spec), own_tokens(world.rank)
     precision, stage = spec.training.precision, spec.zero.stage
-    take = functools.partial(train, tokens=tokens, stop=stop, memory=MemoryMeter(None))
+    take = functools.partial(train, tokens=tokens, requests=requests, memory=MemoryMeter(None), activity=activity)
     with small_engine(small, world.size) as engine:
         steps = take(engine, num_steps=COMPARED_STEPS)
         yield first_loss(steps.losses[0], small)
