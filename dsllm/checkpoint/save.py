@@ -10,10 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as distributed
 from deepspeed import DeepSpeedEngine
-from deepspeed.accelerator import get_accelerator
 
 from dsllm.checkpoint.fragments import layout_of, shapes_of
 from dsllm.checkpoint.layout import fragments_file, random_state_file, step_folder, write_latest
@@ -23,6 +21,7 @@ from dsllm.checkpoint.retention import remove_old
 from dsllm.checkpoint.snapshot import HostBuffers, Snapshot, offloaded_files, write_files
 from dsllm.checkpoint.states import RankStates
 from dsllm.engine import ranks
+from dsllm.engine.generators import generator_states
 from dsllm.errors import CheckpointError
 from dsllm.spec.sections import Checkpoint, Precision
 from dsllm.units import format_bytes
@@ -134,7 +133,7 @@ class CheckpointSaver:
         with _deepspeed_writes_to(snapshot, self._engine):
             self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         rank = distributed.get_rank()
-        snapshot.save(random_states(), str(random_state_file(folder, rank)))
+        snapshot.save(generator_states(), str(random_state_file(folder, rank)))
         snapshot.begin()
         if states := self._rank_states(snapshot, folder):
             snapshot.files[fragments_file(folder, rank)] = states.model_dump_json()
@@ -184,14 +183,6 @@ class CheckpointSaver:
                 f"{message}; make room or choose another --run-dir, then start again: the run goes on from the last one"
             )
         logger.warning("%s; the run goes on, and tries again at the next one", message)
-
-
-def random_states() -> dict[str, torch.Tensor]:
-    """State of the generators that dropout draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if get_accelerator().device_name() != "cpu":
-        states["accelerator"] = get_accelerator().get_rng_state()
-    return states
 
 
 @contextlib.contextmanager
