@@ -63,11 +63,11 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     from dsllm.engine.run_folder import RunFolder, describe_run, log_to, make_passport
     from dsllm.engine.start import loss_implementation, start_engine
     from dsllm.engine.trainer import train
+    from dsllm.engine.watch import open_watch
     from dsllm.launch.devices import calibration_file
     from dsllm.plan.batch import resolve_batch
     from dsllm.plan.calibration import read_constants
     from dsllm.plan.memory import estimate_memory
-    from dsllm.plan.model_shape import model_shape
     from dsllm.plan.search import choose_micro_batch
     from dsllm.plan.workload import workload
     from dsllm.spec.derived import train_steps
@@ -104,19 +104,28 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
         logger.info("%s", change)
     with ranks.together():
         first_step = load_checkpoint(engine, checkpoint) if checkpoint is not None else 0
-        micro_batches = inputs.open_training(data, spec, batch, world, first_step)
+        read_training = inputs.open_training(data, spec, batch, world)
         validation = inputs.open_validation(data, spec, batch, world)
         shares = evaluation.mix_shares(spec.data, read_manifest(data))
     ranks.on_rank_0(lambda: describe_run(folder, spec, ds_config, passport))
 
+    watch = open_watch(spec, batch, world, folder, first_step, checkpoint)
     saver = CheckpointSaver(engine, folder.checkpoints, spec.checkpoint, spec.training.precision)
     with (
         contextlib.closing(saver),
         metrics.open_recorder(spec, folder, batch, world, first_step, steps, memory) as record,
     ):
+
+        def roll_back() -> int:
+            saver.finish()
+            last = first_sound(ranks.on_rank_0(lambda: candidates("auto", folder.checkpoints))) or checkpoint
+            step = load_checkpoint(engine, last)
+            record.go_back(step)
+            return step
+
         done = train(
             engine,
-            micro_batches,
+            lambda step: read_training(step, watch.skipped_batches),
             first_step=first_step,
             train_steps=steps,
             evaluation_interval=spec.evaluation.interval,
@@ -130,15 +139,18 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
             evaluate=functools.partial(evaluation.evaluate, engine, validation, shares),
             saver=saver,
             record=record,
-            check=functools.partial(guards.check_loss, untrained_loss=guards.untrained_loss(model_shape(spec), spec)),
+            watch=watch,
+            roll_back=roll_back,
             stop=stop,
             memory=memory,
         )
     memory_report.conclude(folder.memory, predicted, engine, memory.measured, steps=done - first_step)
     if done < steps:
         asked = stop.signal.name if stop.signal else "a signal to another rank"
+        watch.history.append("stopped", done, by=asked)
         logger.info("stopped by %s after step %d of %d; saved: the same command goes on from there", asked, done, steps)
     else:
+        watch.history.append("finished", done)
         logger.info("trained to step %d of %d; the run is in %s", done, steps, folder.path)
 
 

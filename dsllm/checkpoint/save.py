@@ -59,6 +59,8 @@ class CheckpointSaver:
         self._buffers = HostBuffers()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
+        self.has_saved = False
+        """Whether a checkpoint of this run counts: the same on every rank."""
 
     @property
     def is_pending(self) -> bool:
@@ -121,6 +123,7 @@ class CheckpointSaver:
         if fault is not None:
             self._give_up(pending.folder, fault, must_succeed)
         else:
+            self.has_saved = True
             logger.info("saved %s", pending.folder)
 
     def close(self) -> None:

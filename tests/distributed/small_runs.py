@@ -137,7 +137,7 @@ def run_case(
     losses, norms, stop, memory = [], [], guards.StopRequest(), MemoryMeter(None)
     for step in range(steps):
         set_learning_rate(engine, warm_up(step))
-        metrics = train_step(engine, micro_batches, stop, memory)
+        metrics, _ = train_step(engine, micro_batches, stop, memory)
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
     engine.destroy()
