@@ -20,7 +20,7 @@ import functools  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
 
-from dsllm.errors import DsllmError  # noqa: E402
+from dsllm.errors import DsllmError, OneRankError  # noqa: E402
 from dsllm.spec.load import load_spec  # noqa: E402
 from dsllm.spec.sections import Spec  # noqa: E402
 
@@ -38,7 +38,7 @@ def main() -> int:
         run_training(spec, run_dir, arguments.resume)
     except DsllmError as error:
         logger.error("%s", error, exc_info=_wants_tracebacks(), extra={"on_screen": False})
-        if rank == 0:  # what stops a run is known to all ranks
+        if rank == 0 or isinstance(error, OneRankError):  # what else stops a run is known to all ranks
             print(error, file=sys.stderr)
         return error.exit_code
     except Exception as error:
@@ -57,7 +57,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     from dsllm.checkpoint.verify import first_sound
     from dsllm.data.shards import read_manifest
     from dsllm.ds_config import build_ds_config
-    from dsllm.engine import evaluation, guards, inputs, memory_report, metrics, ranks, schedule
+    from dsllm.engine import evaluation, exhausted, guards, inputs, memory_report, metrics, ranks, schedule
     from dsllm.engine.allocators import allocator
     from dsllm.engine.memory_meter import MemoryMeter
     from dsllm.engine.run_folder import RunFolder, describe_run, log_to, make_passport
@@ -67,8 +67,9 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     from dsllm.launch.devices import calibration_file
     from dsllm.plan.batch import resolve_batch
     from dsllm.plan.calibration import read_constants
-    from dsllm.plan.memory import estimate_memory
+    from dsllm.plan.memory import MemoryEstimate, estimate_memory
     from dsllm.plan.search import choose_micro_batch
+    from dsllm.plan.way import Way
     from dsllm.plan.workload import workload
     from dsllm.spec.derived import train_steps
 
@@ -87,7 +88,11 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     constants = ranks.on_rank_0(lambda: read_constants(calibration_file()).get(ranks.device_name()))
     beside_tensors = (constants.runtime_bytes, constants.reserved_ratio or 1.0) if constants else ()
     micro_batch_size = choose_micro_batch(run, world.size, ranks.memory_bytes(world), device, *beside_tensors)
-    predicted = estimate_memory(run, world.size, micro_batch_size, device=device)
+
+    def predict(way: Way) -> MemoryEstimate:
+        return estimate_memory(way.run, way.world_size, way.micro_batch_size, device=device)
+
+    needs = exhausted.Needs(Way(run, world.size, micro_batch_size), predict, world)
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
     ds_config = build_ds_config(spec, world.size, device, micro_batch_size)
@@ -98,7 +103,8 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
 
     # Model, state and data, at the same step.
     memory = MemoryMeter(allocator(device))
-    engine = start_engine(spec, ds_config)
+    with exhausted.explained(needs, memory, "at the start of the engine"):
+        engine = start_engine(spec, ds_config)
     torch.manual_seed(spec.seed + world.rank)  # for dropout: weights and data have generators of their own
     if checkpoint is not None and (change := conversion(engine, checkpoint)) is not None:
         logger.info("%s", change)
@@ -114,6 +120,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
     with (
         contextlib.closing(saver),
         metrics.open_recorder(spec, folder, batch, world, first_step, steps, memory) as record,
+        exhausted.explained(needs, memory, "between the phases of a step"),
     ):
 
         def roll_back() -> int:
@@ -144,7 +151,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str) -> None:
             stop=stop,
             memory=memory,
         )
-    memory_report.conclude(folder.memory, predicted, engine, memory.measured, steps=done - first_step)
+    memory_report.conclude(folder.memory, predict(needs.way), engine, memory.measured, steps=done - first_step)
     if done < steps:
         asked = stop.signal.name if stop.signal else "a signal to another rank"
         watch.history.append("stopped", done, by=asked)
