@@ -45,20 +45,19 @@ def main() -> None:
 def measure(spec: Spec, world: ranks.World, folder: Path, rounds: int) -> dict[str, Any]:
     """Seconds that training waits, the longest of all ranks, in the median over the rounds; and bytes on disk."""
     engine = start_engine(spec, build_ds_config(spec, world.size, ranks.device_type(), spec.batch.micro_batch_size))
-    saver = CheckpointSaver(engine, folder / "ours", spec.checkpoint, spec.training.precision)
-    step = training(engine, spec)
-    quiet = [timed(step) for _ in range(3)][1:]
-    first_seconds, *_ = save_beside_training(saver, step, 0)
-    own, beside, synchronous = [], [], []
-    for number in range(1, rounds + 1):
-        synchronous.append(timed(lambda: engine.save_checkpoint(str(folder / "deepspeed"), tag="state")))
-        deepspeed_bytes = clear(folder / "deepspeed")
-        quiet.append(timed(step))
-        waited, steps = save_beside_training(saver, step, number)
-        own.append(waited)
-        beside.extend(steps)
-        own_bytes = clear(folder / "ours")
-    saver.close()
+    with CheckpointSaver(engine, folder / "ours", spec.checkpoint, spec.training.precision) as saver:
+        step = training(engine, spec)
+        quiet = [timed(step) for _ in range(3)][1:]
+        first_seconds, *_ = save_beside_training(saver, step, 0)
+        own, beside, synchronous = [], [], []
+        for number in range(1, rounds + 1):
+            synchronous.append(timed(lambda: engine.save_checkpoint(str(folder / "deepspeed"), tag="state")))
+            deepspeed_bytes = clear(folder / "deepspeed")
+            quiet.append(timed(step))
+            waited, steps = save_beside_training(saver, step, number)
+            own.append(waited)
+            beside.extend(steps)
+            own_bytes = clear(folder / "ours")
     engine.destroy()
     return {
         "stage": spec.zero.stage,

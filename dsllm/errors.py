@@ -41,3 +41,7 @@ class CheckpointError(DsllmError):
 
 class TrainingError(DsllmError):
     """A run that cannot go on, with the reason."""
+
+
+class OneRankError(TrainingError):
+    """A fault that meets one rank alone, which therefore says it itself; the message names the rank."""

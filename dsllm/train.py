@@ -15,7 +15,6 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _PACK
 sys.path.append(str(_PACKAGE.parent))
 
 import argparse  # noqa: E402
-import contextlib  # noqa: E402
 import functools  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
@@ -23,7 +22,7 @@ import time  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
 from dsllm.engine.time_limit import TimeLimit, slurm_job_end  # noqa: E402
-from dsllm.errors import DsllmError  # noqa: E402
+from dsllm.errors import DsllmError, OneRankError  # noqa: E402
 from dsllm.spec.load import load_spec  # noqa: E402
 from dsllm.spec.sections import Spec  # noqa: E402
 from dsllm.units import parse_duration  # noqa: E402
@@ -53,7 +52,7 @@ def main() -> int:
             run_training(spec, run_dir, arguments.resume, limit)
     except DsllmError as error:
         logger.error("%s", error, exc_info=_wants_tracebacks(), extra={"on_screen": False})
-        if rank == 0:  # what stops a run is known to all ranks
+        if rank == 0 or isinstance(error, OneRankError):  # what else stops a run is known to all ranks
             print(error, file=sys.stderr)
         return error.exit_code
     except Exception as error:
@@ -84,11 +83,12 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.checkpoint.verify import first_sound
     from dsllm.data.shards import read_manifest
     from dsllm.ds_config import build_ds_config
-    from dsllm.engine import evaluation, guards, inputs, memory_report, metrics, ranks, requests, schedule
+    from dsllm.engine import evaluation, exhausted, inputs, memory_report, metrics, ranks, requests, schedule
     from dsllm.engine.allocators import allocator
     from dsllm.engine.gates.check import conclude
     from dsllm.engine.gates.training import check_small_model
     from dsllm.engine.gates.weights import check_weights
+    from dsllm.engine.judge import open_judge
     from dsllm.engine.memory_meter import MemoryMeter
     from dsllm.engine.run_folder import describe_run, make_passport
     from dsllm.engine.start import loss_implementation, start_engine
@@ -96,9 +96,9 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.launch.devices import calibration_file
     from dsllm.plan.batch import resolve_batch
     from dsllm.plan.calibration import read_constants
-    from dsllm.plan.memory import estimate_memory
-    from dsllm.plan.model_shape import model_shape
+    from dsllm.plan.memory import MemoryEstimate, estimate_memory
     from dsllm.plan.search import choose_micro_batch
+    from dsllm.plan.way import Way
     from dsllm.plan.workload import workload
     from dsllm.spec.derived import train_steps
 
@@ -114,7 +114,11 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     constants = ranks.on_rank_0(lambda: read_constants(calibration_file()).get(ranks.device_name()))
     beside_tensors = (constants.runtime_bytes, constants.reserved_ratio or 1.0) if constants else ()
     micro_batch_size = choose_micro_batch(run, world.size, ranks.memory_bytes(world), device, *beside_tensors)
-    predicted = estimate_memory(run, world.size, micro_batch_size, device=device)
+
+    def predict(way: Way) -> MemoryEstimate:
+        return estimate_memory(way.run, way.world_size, way.micro_batch_size, device=device)
+
+    needs = exhausted.Needs(Way(run, world.size, micro_batch_size), predict, world)
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
     ds_config = build_ds_config(spec, world.size, device, micro_batch_size)
@@ -129,7 +133,8 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     is_checked = checkpoint is None and spec.guards.step_0_checks
     checks = check_small_model(spec, world, asked, activity) if is_checked else []
     memory = MemoryMeter(allocator(device))
-    engine = start_engine(spec, ds_config)
+    with exhausted.explained(needs, memory, "at the start of the engine"):
+        engine = start_engine(spec, ds_config)
     if is_checked:
         conclude([check_weights(engine.module.causal_lm), *checks], folder.checks)
     torch.manual_seed(spec.seed + world.rank)  # for dropout: weights and data have generators of their own
@@ -137,19 +142,30 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
         logger.info("%s", change)
     with ranks.together():
         first_step = load_checkpoint(engine, checkpoint) if checkpoint is not None else 0
-        micro_batches = inputs.open_training(data, spec, batch, world, first_step)
+        read_training = inputs.open_training(data, spec, batch, world)
         validation = inputs.open_validation(data, spec, batch, world)
         shares = evaluation.mix_shares(spec.data, read_manifest(data))
     ranks.on_rank_0(lambda: describe_run(folder, spec, ds_config, passport))
 
+    judge = open_judge(spec, batch, world, folder, first_step, checkpoint)
     saver = CheckpointSaver(engine, folder.checkpoints, spec.checkpoint, spec.training.precision, limit.save_took)
     with (
-        contextlib.closing(saver),
+        saver,
         metrics.open_recorder(spec, folder, batch, world, first_step, steps, memory) as record,
+        exhausted.explained(needs, memory, "between the phases of a step"),
     ):
+
+        def roll_back() -> int:
+            saver.finish()
+            activity("starting")
+            last = first_sound(ranks.on_rank_0(lambda: candidates("auto", folder.checkpoints))) or checkpoint
+            step = load_checkpoint(engine, last)
+            record.go_back(step)
+            return step
+
         done = train(
             engine,
-            micro_batches,
+            lambda step: read_training(step, judge.skipped_batches),
             first_step=first_step,
             train_steps=steps,
             evaluation_interval=spec.evaluation.interval,
@@ -163,17 +179,20 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
             evaluate=functools.partial(evaluation.evaluate, engine, activity.counting(validation), shares),
             saver=saver,
             record=record,
-            check=functools.partial(guards.check_loss, untrained_loss=guards.untrained_loss(model_shape(spec), spec)),
+            judge=judge,
+            roll_back=roll_back,
             requests=asked,
             memory=memory,
             activity=activity,
         )
-    memory_report.conclude(folder.memory, predicted, engine, memory.measured, steps=done - first_step)
+    memory_report.conclude(folder.memory, predict(needs.way), engine, memory.measured, steps=done - first_step)
     if done < steps:
+        judge.history.append("stopped", done, by=asked.reason)
         logger.info(
             "stopped by %s after step %d of %d; saved: the same command goes on from there", asked.reason, done, steps
         )
     else:
+        judge.history.append("finished", done)
         logger.info("trained to step %d of %d; the run is in %s", done, steps, folder.path)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("ds_configs/*.md")])
-ERRORS = {"DsllmError", "UserError", "SpecError", "DataError", "CheckpointError", "TrainingError"}
+ERRORS = {"DsllmError", "UserError", "SpecError", "DataError", "CheckpointError", "TrainingError", "OneRankError"}
 
 
 @pytest.fixture(scope="module")

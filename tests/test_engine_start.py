@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from types import NoneType
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import FusedAdam
 
-from dsllm.engine.optimizer import own_optimizer, parameter_groups
+from dsllm.engine.optimizer import SkippingAdamW, own_optimizer, parameter_groups
 from dsllm.engine.start import check_precision, loss_implementation
 from dsllm.errors import UserError
 from dsllm.model.build import build_model, model_config
@@ -56,26 +57,25 @@ def test_a_partitioned_matrix_is_known_by_its_true_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "is_own"), [(0, "bf16", True), (0, "fp16", True), (0, "fp32", False), (1, "bf16", False)]
+    ("stage", "precision", "kind"),
+    [(0, "bf16", FusedAdam), (0, "fp16", FusedAdam), (0, "fp32", SkippingAdamW), (1, "bf16", NoneType)],
 )
-def test_deepspeed_makes_the_optimizer_but_in_half_precision_at_stage_0(
-    stage: int, precision: str, is_own: bool
-) -> None:
+def test_deepspeed_makes_the_optimizer_but_at_stage_0(stage: int, precision: str, kind: type) -> None:
     spec = load_spec("quickstart", [f"zero.stage={stage}", f"training.precision={precision}"])
-    optimizer = own_optimizer(spec, parameter_groups(torch.nn.Linear(2, 2), 0.1))
-    assert isinstance(optimizer, FusedAdam) is is_own
-    assert (optimizer is None) is not is_own
+    assert isinstance(own_optimizer(spec, parameter_groups(torch.nn.Linear(2, 2), 0.1)), kind)
 
 
-def test_the_own_optimizer_steps_as_torchs_adamw_does_but_for_deepspeeds_step_on_zero_gradients() -> None:
-    spec = load_spec("quickstart", ["zero.stage=0", "training.precision=bf16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_own_optimizer_steps_as_torchs_adamw_does_but_for_deepspeeds_step_on_zero_gradients(precision: str) -> None:
+    spec = load_spec("quickstart", ["zero.stage=0", f"training.precision={precision}"])
     models = [torch.nn.Linear(8, 8)]
     models.append(copy.deepcopy(models[0]))
     ours = own_optimizer(spec, parameter_groups(models[0], 0.1))
     theirs = torch.optim.AdamW(parameter_groups(models[1], 0.1), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    for parameter in models[0].parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    ours.step()
+    if precision == "bf16":
+        for parameter in models[0].parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        ours.step()
     for step in range(3):
         for model, optimizer in zip(models, (ours, theirs), strict=True):
             optimizer.zero_grad()

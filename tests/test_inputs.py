@@ -53,7 +53,7 @@ def test_small_text_is_prepared_and_packed_at_the_start(tmp_path: Path) -> None:
 def test_training_begins_at_its_step(tmp_path: Path) -> None:
     spec = small_spec(tmp_path)
     directory = inputs.ready_data(spec, RunFolder(tmp_path / "run"))
-    batches = inputs.open_training(directory, spec, batch_of(spec), ALONE, first_step=7)
+    batches = inputs.open_training(directory, spec, batch_of(spec), ALONE)(7, ())
     read = torch.cat([batch["input_ids"] for batch in islice(batches, 4)])
     samples = open_run_samples(directory, spec.data, 32, spec.seed)
     assert read.tolist() == samples.read(samples.draw(np.arange(56, 64))).inputs.tolist()
@@ -67,7 +67,7 @@ def test_rank_0_tells_how_often_each_source_will_be_seen(
     directory = inputs.ready_data(spec, RunFolder(tmp_path / "run"))
     samples = len(open_run_samples(directory, spec.data, 32, spec.seed).sources[0])
     with caplog.at_level(logging.INFO):
-        inputs.open_training(directory, spec, batch_of(spec), World(rank, 2, 2), first_step=0)
+        inputs.open_training(directory, spec, batch_of(spec), World(rank, 2, 2))
     told = [entry.getMessage() for entry in caplog.records if entry.name == inputs.logger.name]
     if rank:
         assert told == []

@@ -20,6 +20,7 @@ from dsllm.engine.metrics import (
     jsonl_sink,
     open_recorder,
     peak_memory_bytes,
+    recent_losses,
     scalars,
     tensorboard_sink,
     wandb_sink,
@@ -52,6 +53,12 @@ def record_steps(spec: Spec, folder: RunFolder, first: int, last: int, rank: int
             record(step_record(step))
 
 
+def recorder_to(sink: metrics.Sink, **numbers: Any) -> Recorder:
+    """A recorder with one place to write to."""
+    known = {"tokens_per_step": 8, "flops_per_token": 1, "peak_flops": None, "memory": MemoryMeter(None)}
+    return Recorder(lambda step: [sink], 0, **{**known, **numbers})
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
@@ -73,7 +80,7 @@ def test_a_step_is_one_object_with_the_promised_keys(folder: RunFolder) -> None:
 
 def test_a_validation_loss_stands_on_the_steps_that_have_one(folder: RunFolder) -> None:
     sink = jsonl_sink(folder.metrics, 0)
-    recorder = Recorder([sink], tokens_per_step=8, flops_per_token=1, peak_flops=None, memory=MemoryMeter(None))
+    recorder = recorder_to(sink)
     recorder(step_record(1, val_loss=6.5))
     recorder(step_record(2))
     assert [record.get("val_loss") for record in lines_of(folder)] == [6.5, None]
@@ -88,10 +95,7 @@ def test_several_validation_losses_stand_together_under_their_labels(folder: Run
 def test_utilisation_is_the_share_of_the_peak_and_absent_where_that_is_unknown() -> None:
     seen: list[dict[str, Any]] = []
     for peak in (1e12, None):
-        recorder = Recorder(
-            [seen.append], tokens_per_step=1000, flops_per_token=10**8, peak_flops=peak, memory=MemoryMeter(None)
-        )
-        recorder(step_record(1))
+        recorder_to(seen.append, tokens_per_step=1000, flops_per_token=10**8, peak_flops=peak)(step_record(1))
     assert seen[0]["mfu"] == pytest.approx(2000 * 1e8 / 1e12)
     assert "mfu" not in seen[1]
 
@@ -105,6 +109,30 @@ def test_a_resume_takes_out_the_steps_that_it_runs_again(folder: RunFolder) -> N
     record_steps(quickstart(), folder, 0, 7)
     record_steps(quickstart(), folder, 4, 6)
     assert [record["step"] for record in lines_of(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_going_back_takes_out_the_steps_that_are_done_again_and_tensorboard_hides_them(folder: RunFolder) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    spec, world = load_spec("quickstart"), World(rank=0, size=1, local_size=1)
+    with open_recorder(spec, folder, resolve_batch(spec.batch, 1), world, 0, 100, MemoryMeter(None)) as record:
+        for step in range(1, 8):
+            record(step_record(step))
+        record.go_back(4)
+        record(step_record(5, loss=1.0))
+    assert [record["step"] for record in lines_of(folder)] == [1, 2, 3, 4, 5]
+    assert lines_of(folder)[-1]["loss"] == 1.0
+    events = EventAccumulator(str(folder.logs / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+
+
+def test_recent_losses_are_those_of_the_steps_before_that_are_finite(folder: RunFolder) -> None:
+    sink = jsonl_sink(folder.metrics, 0)
+    for step in range(1, 9):
+        sink(step_record(step, loss=math.nan if step == 5 else float(step)))
+    assert recent_losses(folder.metrics, 6, 4) == (3.0, 4.0, 6.0)
+    assert recent_losses(folder.metrics, 2, 10) == (1.0, 2.0)
+    assert recent_losses(folder.path / "none.jsonl", 6, 4) == ()
 
 
 @pytest.mark.parametrize(

@@ -73,11 +73,11 @@ def test_a_time_limit_that_is_reached_asks_for_the_end_and_is_the_reason() -> No
 def test_one_rank_that_is_asked_is_enough_and_a_save_is_agreed_for_one_step() -> None:
     with own_handlers():
         requests = Requests()
-    assert (requests.stop, requests.save) == (False, False)
+    assert (requests.stop, requests.take_save()) == (False, False)
     requests.agree(0.5, 0.25)
-    assert (requests.stop, requests.save) == (True, True)
+    assert (requests.stop, requests.take_save()) == (True, True)
     requests.agree(0.5, 0.0)
-    assert (requests.stop, requests.save) == (True, False)
+    assert (requests.stop, requests.take_save()) == (True, False)
 
 
 @contextmanager

@@ -7,10 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as distributed
 from deepspeed import DeepSpeedEngine
-from deepspeed.accelerator import get_accelerator
 
 from dsllm.checkpoint.layout import (
     complete_folders,
@@ -25,6 +23,7 @@ from dsllm.checkpoint.manifest import ANOTHER, read_manifest
 from dsllm.checkpoint.restore import restore_states
 from dsllm.checkpoint.safe_load import weights_only
 from dsllm.checkpoint.states import mapped
+from dsllm.engine.generators import set_generator_states
 from dsllm.errors import CheckpointError, UserError
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Spec
@@ -131,7 +130,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> int:
     engine.global_samples = step * engine.train_batch_size()
     states = random_state_file(checkpoint, distributed.get_rank())
     if states.is_file():  # there are none for ranks that were not there, and none after a conversion
-        _set_random_states(mapped(states))
+        set_generator_states(mapped(states))
     return step
 
 
@@ -166,12 +165,6 @@ def checkpoint_at(path: Path) -> Path:
         if found := newest_first(checkpoints):
             return found[0]
     raise UserError(f"{path}: no checkpoint there; give a run, its checkpoints, or a global_step<N> folder")
-
-
-def _set_random_states(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "accelerator" in states:
-        get_accelerator().set_rng_state(states["accelerator"])
 
 
 def _is_under(field: str, prefixes: tuple[str, ...]) -> bool:

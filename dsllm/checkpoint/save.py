@@ -11,10 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import torch.distributed as distributed
 from deepspeed import DeepSpeedEngine
-from deepspeed.accelerator import get_accelerator
 
 from dsllm.checkpoint.fragments import layout_of, shapes_of
 from dsllm.checkpoint.layout import fragments_file, random_state_file, step_folder, write_latest
@@ -24,7 +22,8 @@ from dsllm.checkpoint.retention import remove_old
 from dsllm.checkpoint.snapshot import HostBuffers, Snapshot, offloaded_files, write_files
 from dsllm.checkpoint.states import RankStates
 from dsllm.engine import ranks
-from dsllm.errors import CheckpointError
+from dsllm.engine.generators import generator_states
+from dsllm.errors import CheckpointError, OneRankError, TrainingError
 from dsllm.spec.sections import Checkpoint, Precision
 from dsllm.units import format_bytes
 
@@ -52,7 +51,10 @@ class _Pending:
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of a run beside its training. `save`, `poll` and `finish` are collective."""
+    """Writes the checkpoints of a run beside its training. `save`, `poll` and `finish` are collective.
+
+    A block ended by a TrainingError, which all ranks raise together, still finishes what is being written.
+    """
 
     def __init__(
         self,
@@ -71,6 +73,8 @@ class CheckpointSaver:
         self._buffers = HostBuffers()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
+        self.has_saved = False
+        """Whether a checkpoint of this run counts: the same on every rank."""
 
     @property
     def is_pending(self) -> bool:
@@ -134,10 +138,15 @@ class CheckpointSaver:
             self._give_up(pending.folder, fault, must_succeed)
         else:
             self._took(time.monotonic() - pending.begun)
+            self.has_saved = True
             logger.info("saved %s", pending.folder)
 
-    def close(self) -> None:
-        """Let the writing of this rank end."""
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, TrainingError) and not issubclass(kind, OneRankError):
+            self.finish()
         self._writer.shutdown()
 
     def _take(self, folder: Path) -> Snapshot:
@@ -146,7 +155,7 @@ class CheckpointSaver:
         with _deepspeed_writes_to(snapshot, self._engine):
             self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         rank = distributed.get_rank()
-        snapshot.save(random_states(), str(random_state_file(folder, rank)))
+        snapshot.save(generator_states(), str(random_state_file(folder, rank)))
         snapshot.begin()
         if states := self._rank_states(snapshot, folder):
             snapshot.files[fragments_file(folder, rank)] = states.model_dump_json()
@@ -196,14 +205,6 @@ class CheckpointSaver:
                 f"{message}; make room or choose another --run-dir, then start again: the run goes on from the last one"
             )
         logger.warning("%s; the run goes on, and tries again at the next one", message)
-
-
-def random_states() -> dict[str, torch.Tensor]:
-    """State of the generators that dropout draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if get_accelerator().device_name() != "cpu":
-        states["accelerator"] = get_accelerator().get_rng_state()
-    return states
 
 
 @contextlib.contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from dsllm.data.batches import batch_of, samples_of, share_of
 from dsllm.data.mixture import Drawn
 from dsllm.data.run_samples import RunSamples
 from dsllm.data.samples import IGNORED_LABEL, Rows, Samples
@@ -34,21 +35,23 @@ def training_micro_batches(
     micro_batch_size: int,
     rank: int,
     world_size: int,
+    skipped_batches: Collection[int] = (),
     pin: bool = False,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """This rank's micro-batches from step `start_step` on, without end, read ahead on another thread.
 
-    Rank `r` reads the `r`-th of `world_size` equal slices of every step. With `pin` they lie in page-locked memory,
-    which a GPU reads by itself. Closing the iterator ends the thread.
+    Rank `r` reads the `r`-th of `world_size` equal slices of every step; which batch of the order a step takes is told
+    by batches.py. With `pin` they lie in page-locked memory, which a GPU reads by itself. Closing the iterator ends the
+    thread.
     """
     assert global_batch_size % (micro_batch_size * world_size) == 0, "the batch was not solved for this world size"
-    rows = global_batch_size // world_size
+    own = share_of(range(global_batch_size), rank, world_size)
 
     def read() -> Iterator[MicroBatch]:
         for step in itertools.count(start_step):
-            drawn = samples.draw(np.arange(step * global_batch_size, (step + 1) * global_batch_size))
+            drawn = samples.draw(np.array(samples_of(batch_of(step, skipped_batches), global_batch_size)))
             shared = _loss_tokens(samples, drawn, micro_batch_size)
-            for first in range(rank * rows, (rank + 1) * rows, micro_batch_size):
+            for first in own[::micro_batch_size]:
                 yield {**_micro_batch(samples.read(drawn[first : first + micro_batch_size])), **shared}
 
     return _prefetched(read(), pin)
@@ -92,7 +95,7 @@ def _padded(samples: Samples, ids: np.ndarray, micro_batch_size: int) -> MicroBa
     return batch
 
 
-def _prefetched(batches: Iterator[MicroBatch], pin: bool) -> Iterator[MicroBatch]:
+def _prefetched(batches: Iterator[MicroBatch], pin: bool) -> Generator[MicroBatch, None, None]:
     """The same batches, made and pinned on a thread ahead of their use; what making them raises surfaces in its turn.
 
     That one thread alone touches `batches`.

@@ -15,37 +15,13 @@ FIRST_LOSS_TOLERANCE = 3.0
 """Nats that the first loss may lie from its expectation. A missing initialisation is off by tens."""
 
 
-def check_loss(step: int, loss: float, untrained_loss: float) -> None:
-    """Raises TrainingError where the loss is not a number, or the first one is absurd for a model that knows nothing.
-
-    `untrained_loss` is what the first must be about.
-    """
-    if not math.isfinite(loss):
-        raise TrainingError(
-            f"step {step}: the loss is {loss}; the run stops, its earlier checkpoints are untouched; resume with a "
-            "lower optimizer.learning_rate, a longer schedule.warmup_steps, or training.precision bf16 instead of fp16"
-        )
-    if step != 1:
-        return
+def check_first_loss(loss: float, untrained_loss: float) -> None:
+    """Raises TrainingError where the first loss is absurd for a model that knows nothing, whose is `untrained_loss`."""
     logger.info("first loss %.3f; a model that has learned nothing has %.3f", loss, untrained_loss)
     if abs(loss - untrained_loss) > FIRST_LOSS_TOLERANCE:
         raise TrainingError(
             f"step 1: the loss is {loss:.2f}, where an untrained model has {untrained_loss:.2f} (about ln of the "
             "vocabulary); the weights are not what model.initializer_range says, or the labels are not the inputs' own"
-        )
-
-
-def check_gradients(step: int, grad_norm: float, was_skipped: bool) -> None:
-    """Say what DeepSpeed leaves unsaid where gradients are not finite: it skips the step, or spoils the weights.
-
-    Raises TrainingError for the latter, before such weights are saved.
-    """
-    if was_skipped:
-        logger.warning("step %d: skipped, because a gradient was not finite; the weights did not change", step)
-    elif not math.isfinite(grad_norm):
-        raise TrainingError(
-            f"step {step}: the norm of the gradients is {grad_norm}; the run stops before it saves spoiled weights; "
-            "resume with a lower optimizer.learning_rate or a longer schedule.warmup_steps"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from pathlib import Path
 
 from dsllm.data.loader import MicroBatch, training_micro_batches, validation_micro_batches
@@ -23,6 +23,9 @@ from dsllm.spec.sections import Spec
 from dsllm.units import format_text_bytes
 
 logger = logging.getLogger(__name__)
+
+ReadTraining = Callable[[int, Collection[int]], Generator[MicroBatch, None, None]]
+"""Reads from a step on, without end, and without the skipped batches."""
 
 VERIFIED_TOKENS = 500_000_000
 """Up to so many tokens (1 GB in 16 bits, a second or two) every file is read again at each start; above that the ends
@@ -58,22 +61,25 @@ def ready_data(spec: Spec, folder: RunFolder) -> Path:
     return ranks.on_rank_0(ready_on_rank_0)
 
 
-def open_training(
-    directory: Path, spec: Spec, batch: BatchPlan, world: ranks.World, first_step: int
-) -> Iterator[MicroBatch]:
-    """This rank's micro-batches from `first_step` on, without end. Rank 0 logs what the run takes of each source."""
+def open_training(directory: Path, spec: Spec, batch: BatchPlan, world: ranks.World) -> ReadTraining:
+    """What reads this rank's micro-batches. Rank 0 logs what the run takes of each source."""
     samples = open_run_samples(directory, spec.data, batch.sequence_length, spec.seed)
     if world.rank == 0:
         _log_uses(samples, spec, batch)
-    return training_micro_batches(
-        samples,
-        start_step=first_step,
-        global_batch_size=batch.global_batch_size,
-        micro_batch_size=batch.micro_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        pin=ranks.device_type() == "cuda",
-    )
+
+    def read(start_step: int, skipped_batches: Collection[int]) -> Generator[MicroBatch, None, None]:
+        return training_micro_batches(
+            samples,
+            start_step=start_step,
+            global_batch_size=batch.global_batch_size,
+            micro_batch_size=batch.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            skipped_batches=skipped_batches,
+            pin=ranks.device_type() == "cuda",
+        )
+
+    return read
 
 
 def open_validation(

@@ -39,19 +39,29 @@ class MemoryMeter:
         gc.collect()
         gc.collect()
         self._before = allocator.read().held_bytes if allocator else 0
+        self.during: Phase | None = None
+        """The phase that has begun and not ended, as where a fault has just come out of it."""
         self.measured = MeasuredMemory() if allocator else None
+
+    @property
+    def held_bytes(self) -> int:
+        """What was held at most since the last phase began; 0 where that is not known."""
+        return self._allocator.read().peak_bytes - self._before if self._allocator else 0
 
     @contextlib.contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
         """Within, what is allocated belongs to that phase."""
+        self.during = phase
         if self._allocator is None or self.measured is None:
             yield
+            self.during = None
             return
         measured = self.measured
         if phase == "forward":
             measured.kept_bytes = max(measured.kept_bytes, self._allocator.read().held_bytes - self._before)
         self._allocator.reset_peak()
         yield
+        self.during = None
         then = self._allocator.read()
         measured.peak_bytes[phase] = max(measured.peak_bytes[phase], then.peak_bytes - self._before)
         if then.reserved_bytes is not None:

@@ -33,19 +33,22 @@ KIB = 1024  # Linux counts ru_maxrss in KiB
 
 
 class Recorder:
-    """Completes the record of a step and hands it to every sink; `sinks` is empty on ranks other than 0."""
+    """Completes the record of a step and hands it to every sink; there are none on ranks other than 0."""
 
     def __init__(
         self,
-        sinks: Sequence[Sink],
+        open_sinks: Callable[[int], Sequence[Sink]],
+        first_step: int,
         *,
         tokens_per_step: int,
         flops_per_token: int,
         peak_flops: float | None,
         memory: MemoryMeter,
     ) -> None:
-        """`peak_flops` is what all ranks together can do in a second, None where it is not known."""
-        self._sinks = sinks
+        """`open_sinks` opens those of a run that goes on after a step. `peak_flops` is what all ranks together can do
+        in a second, None where it is not known."""
+        self._open_sinks = open_sinks
+        self._sinks = open_sinks(first_step)
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
@@ -66,6 +69,10 @@ class Recorder:
             full["mfu"] = rate * self._flops_per_token / self._peak_flops
         for sink in self._sinks:
             sink(full)
+
+    def go_back(self, step: int) -> None:
+        """Take out what was recorded after `step`, as at a resume: the run does those steps again."""
+        self._sinks = self._open_sinks(step)
 
 
 def peak_memory_bytes(memory: MemoryMeter) -> int:
@@ -88,16 +95,24 @@ def open_recorder(
     """A recorder to the screen and everything that the spec asks for, of a run that goes on after `first_step`."""
     shape = model_shape(spec)
     with ExitStack() as stack:
-        sinks = []
+        # These can show a step again: wandb by the step of the record, the screen by its time.
+        steady: list[Sink] = []
         if world.rank == 0:
-            sinks = [jsonl_sink(folder.metrics, first_step)]
-            if spec.logging.tensorboard:
-                sinks.append(tensorboard_sink(folder.logs / "tensorboard", first_step))
             if spec.logging.wandb is not None and spec.logging.wandb.mode != "disabled":
-                sinks.append(wandb_sink(folder.logs, spec.name, spec.logging.wandb))
-            sinks.append(stack.enter_context(closing(ProgressReport(first_step, train_steps))))
+                steady.append(wandb_sink(folder.logs, spec.name, spec.logging.wandb))
+            steady.append(stack.enter_context(closing(ProgressReport(first_step, train_steps))))
+
+        def open_sinks(step: int) -> list[Sink]:
+            if world.rank != 0:
+                return []
+            files = [jsonl_sink(folder.metrics, step)]
+            if spec.logging.tensorboard:
+                files.append(tensorboard_sink(folder.logs / "tensorboard", step))
+            return files + steady
+
         yield Recorder(
-            sinks,
+            open_sinks,
+            first_step,
             tokens_per_step=batch.tokens_per_step,
             flops_per_token=flops_per_token(shape, batch.sequence_length),
             peak_flops=peak_flops(spec, world),
@@ -131,6 +146,13 @@ def jsonl_sink(path: Path, resumed_step: int) -> Sink:
             file.write(json.dumps(_without_infinities(record)) + "\n")
 
     return write
+
+
+def recent_losses(path: Path, step: int, count: int) -> tuple[float, ...]:
+    """The finite losses of the last `count` steps up to `step`, oldest first, from a run's `metrics.jsonl`."""
+    lines = [line for line in _text(path).splitlines(keepends=True) if step - count < _step_of(line) <= step]
+    losses = [json.loads(line)["loss"] for line in lines]
+    return tuple(loss for loss in losses if loss is not None)
 
 
 def tensorboard_sink(folder: Path, resumed_step: int) -> Sink:

@@ -1,7 +1,8 @@
-"""The optimizer's parameter groups, and the one case in which DeepSpeed needs to be handed the optimizer itself."""
+"""The optimizer's parameter groups, and stage 0, where DeepSpeed needs to be handed the optimizer itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,20 @@ class FlatAdamW(torch.optim.AdamW, FusedAdam):
         return super().step(closure)
 
 
+class SkippingAdamW(torch.optim.AdamW):
+    """torch's AdamW, which leaves out the step where `overflow` says that its gradients are not finite.
+
+    In fp32 at stage 0 DeepSpeed steps it as it is. Everywhere else its own optimizers look first, and tell the engine
+    by an attribute of this name (runtime/engine.py, _take_model_step).
+    """
+
+    overflow = False
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the parameters, or leave them as they are."""
+        return None if self.overflow else super().step(closure)
+
+
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> ParameterGroups:
     """Two groups: matrices are decayed, vectors (biases and norms) are not."""
     # ZeRO-3 leaves an empty vector in the place of a partitioned parameter and its true shape beside it.
@@ -47,11 +62,12 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> ParameterGr
 
 def own_optimizer(spec: Spec, groups: ParameterGroups) -> torch.optim.Optimizer | None:
     """The optimizer to hand to DeepSpeed; None where DeepSpeed makes the right one from its JSON."""
-    if spec.zero.stage > 0 or spec.training.precision == "fp32":
+    if spec.zero.stage > 0:
         return None
     settings = spec.optimizer
-    optimizer = torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True
-    )
-    optimizer.__class__ = FlatAdamW  # constructing one would run FusedAdam's own constructor, which compiles
+    is_fp32 = spec.training.precision == "fp32"
+    kind = SkippingAdamW if is_fp32 else torch.optim.AdamW
+    optimizer = kind(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
+    if not is_fp32:
+        optimizer.__class__ = FlatAdamW  # constructing one would run FusedAdam's own constructor, which compiles
     return optimizer

@@ -22,7 +22,7 @@ class ProgressReport:
 
     def __init__(self, first_step: int, train_steps: int) -> None:
         self._train_steps = train_steps
-        self._first_step = first_step
+        self._num_records = 0
         self._started = time.monotonic()
         self._last_line = float("-inf")
         console = Console(stderr=True)
@@ -33,6 +33,7 @@ class ProgressReport:
 
     def __call__(self, record: dict[str, Any]) -> None:
         """Show the step of `record`: the bar always, a line every ten seconds and at each evaluation."""
+        self._num_records += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=_numbers(record))
         due = time.monotonic() - self._last_line >= LINE_INTERVAL_SECONDS
@@ -47,7 +48,7 @@ class ProgressReport:
             self._bar.stop()
 
     def _seconds_left(self, step: int) -> float:
-        each = (time.monotonic() - self._started) / (step - self._first_step)
+        each = (time.monotonic() - self._started) / self._num_records
         return each * (self._train_steps - step)
 
 

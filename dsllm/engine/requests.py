@@ -27,8 +27,7 @@ class Requests:
         self._saves_told = 0
         self.stop = False
         """Whether all ranks have agreed to end."""
-        self.save = False
-        """Whether all ranks have agreed to save after this step."""
+        self._save = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
         signal.signal(signal.SIGUSR1, self._ask_to_save)
@@ -47,8 +46,13 @@ class Requests:
         return [float(self._reason is not None), float(wants_save)]
 
     def agree(self, stop: float, save: float) -> None:
-        """What `own` of all ranks came to."""
-        self.stop, self.save = stop > 0, save > 0
+        """What `own` of all ranks came to; for a step that is computed twice, either time."""
+        self.stop, self._save = stop > 0, self._save or save > 0
+
+    def take_save(self) -> bool:
+        """Whether all ranks have agreed to save after this step; they are told once."""
+        wanted, self._save = self._save, False
+        return wanted
 
     def _ask_to_stop(self, number: int, frame: object) -> None:
         if number == signal.SIGINT:

@@ -27,6 +27,7 @@ class RunFolder:
         self.ds_config = path / "ds_config.json"
         self.passport = path / "passport.json"
         self.metrics = path / "metrics.jsonl"
+        self.history = path / "history.jsonl"
         self.tokenizer = path / "tokenizer"
         self.checkpoints = path / "checkpoints"
         self.memory = path / "memory.json"

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from deepspeed import DeepSpeedEngine
 
 from dsllm.data.loader import MicroBatch
-from dsllm.engine import guards, ranks
+from dsllm.engine import nonfinite, ranks
 from dsllm.engine.activity import Activity
+from dsllm.engine.generators import generator_states, set_generator_states
+from dsllm.engine.judge import Judge
 from dsllm.engine.memory_meter import MemoryMeter
+from dsllm.engine.optimizer import SkippingAdamW
 from dsllm.engine.requests import Requests
 
 Record = dict[str, Any]
@@ -21,6 +27,8 @@ Record = dict[str, Any]
 class Saver(Protocol):
     """Writes checkpoints while training goes on: dsllm.checkpoint.save.CheckpointSaver."""
 
+    has_saved: bool
+
     def save(self, step: int, *, must_succeed: bool = False) -> None: ...
     def settle(self) -> None: ...
     def poll(self) -> None: ...
@@ -28,7 +36,7 @@ class Saver(Protocol):
 
 def train(
     engine: DeepSpeedEngine,
-    micro_batches: Iterator[MicroBatch],
+    read: Callable[[int], Generator[MicroBatch, None, None]],
     *,
     first_step: int,
     train_steps: int,
@@ -38,36 +46,46 @@ def train(
     evaluate: Callable[[], Record],
     saver: Saver,
     record: Callable[[Record], None],
-    check: Callable[[int, float], None],
+    judge: Judge,
+    roll_back: Callable[[], int],
     requests: Requests,
     memory: MemoryMeter,
     activity: Activity,
 ) -> int:
     """Run the steps from `first_step` to `train_steps`, or until asked to stop; the state is saved when this returns.
 
-    A step is counted from 0 while it runs and from 1 once it is done. Returns the steps done in all.
+    `read` opens the micro-batches from a step on. `roll_back` puts the engine and the records back to the last
+    checkpoint, on every rank together, and returns the steps that are done there. A step is counted from 0 while it
+    runs and from 1 once it is done. Returns the steps done in all.
     """
-    done = first_step
-    for step in range(first_step, train_steps):
-        activity.begin_step(step + 1)
-        rate = learning_rate(step)
+    done, micro_batches, is_due = first_step, read(first_step), False
+    while done < train_steps:
+        activity.begin_step(done + 1)
+        rate = learning_rate(done)
         set_learning_rate(engine, rate)
-        skipped = engine.skipped_steps
-        metrics = train_step(engine, micro_batches, requests, memory, activity, before_update=saver.settle)
-        done = step + 1
-        check(done, metrics["loss"])
-        guards.check_gradients(done, metrics["grad_norm"], engine.skipped_steps > skipped)
+        metrics, fault = train_step(engine, micro_batches, requests, memory, activity, before_update=saver.settle)
+        done += 1
+        can_go_back = saver.has_saved or first_step > 0
+        if judge.goes_back(done, metrics["loss"], metrics["grad_norm"], fault, can_go_back):
+            micro_batches.close()
+            spike, done = done, roll_back()
+            judge.rolled_back(spike, done)
+            micro_batches = read(done)
+            continue
         if done == 1 or done == train_steps or done % evaluation_interval == 0:
             metrics |= evaluate()
         record({"step": done, "lr": rate, **metrics})
         is_last = done == train_steps or requests.stop
-        if is_last or requests.save or done % checkpoint_interval == 0:
+        is_due = requests.take_save() or is_due or done % checkpoint_interval == 0
+        if is_last or (is_due and judge.is_sound):
             activity("saving")
             saver.save(done, must_succeed=is_last)
+            is_due = False
         else:
             saver.poll()
         if requests.stop:
             break
+    micro_batches.close()
     return done
 
 
@@ -78,35 +96,83 @@ def train_step(
     memory: MemoryMeter,
     activity: Activity,
     before_update: Callable[[], None] = lambda: None,
-) -> Record:
-    """One optimizer update: forward and backward for each micro-batch; DeepSpeed accumulates, reduces, clips, steps.
+) -> tuple[Record, nonfinite.Fault | None]:
+    """One optimizer update; where it is skipped because it is not finite, once more, to find whose numbers are not.
 
-    Returns the mean loss over all ranks' counted tokens, the gradients' norm before clipping, and the seconds taken.
+    Returns the mean loss over all ranks' counted tokens, the gradients' norm before clipping, and the seconds taken;
+    and the fault, if there was one.
     """
     started = time.perf_counter()
-    device = ranks.device()
+    states, scale_can_fall = generator_states(), nonfinite.loss_scale_can_fall(engine)
+    # `kept` holds on to the micro-batches, on the host, for a second computation
+    batches, kept = itertools.tee(itertools.islice(micro_batches, engine.gradient_accumulation_steps()))
+    compute = functools.partial(
+        _update, engine, requests=requests, memory=memory, activity=activity, before_update=before_update
+    )
+    update, fault = compute(batches), None
+    if update.was_skipped and not (scale_can_fall and math.isfinite(update.loss)):
+        set_generator_states(states)
+        uncount_step(engine)
+        with nonfinite.own_gradients_watched(engine.module) as own_gradients:
+            update = compute(kept)
+        fault = nonfinite.located("skipped" if update.was_skipped else "recovered", update.own_loss, own_gradients)
+    elif not (update.was_skipped or math.isfinite(update.loss + update.grad_norm)):
+        fault = nonfinite.located("spoiled", update.own_loss, ())
+    return {"loss": update.loss, "grad_norm": update.grad_norm, "step_seconds": time.perf_counter() - started}, fault
+
+
+class Update(NamedTuple):
+    """What came of the micro-batches of a step."""
+
+    loss: float
+    """Mean over all ranks."""
+    own_loss: float
+    grad_norm: float
+    was_skipped: bool
+
+
+def _update(
+    engine: DeepSpeedEngine,
+    batches: Iterator[MicroBatch],
+    requests: Requests,
+    memory: MemoryMeter,
+    activity: Activity,
+    before_update: Callable[[], None],
+) -> Update:
+    """Forward and backward for each micro-batch; DeepSpeed accumulates, reduces, clips, steps."""
+    device, skipped = ranks.device(), engine.skipped_steps
     total_loss = torch.zeros((), device=device)
-    micro_steps = engine.gradient_accumulation_steps()
-    for _ in range(micro_steps):
-        activity("reading")
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(micro_batches).items()}
+    activity("reading")
+    for batch in batches:
         activity("forward")
         with memory.phase("forward"):
-            loss = engine(**batch)
+            loss = engine(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})
         activity("backward")
         with memory.phase("backward"):
-            engine.backward(loss)
+            engine.backward(nonfinite.poisoned(loss))
         total_loss += loss.detach()
-        norm = unscaled_gradient_norm(engine)
+        norm = reduced_gradient_norm(engine)
         activity("step")
         before_update()
         with memory.phase("step"):
             engine.step()
+        activity("reading")
+    own_loss = total_loss / engine.gradient_accumulation_steps()
     asked = torch.tensor(requests.own(), device=device)
-    loss, *agreed = ranks.mean_over_ranks(torch.cat([total_loss[None] / micro_steps, asked])).tolist()
+    loss, *agreed = ranks.mean_over_ranks(torch.cat([own_loss[None], asked])).tolist()
     requests.agree(*agreed)
     grad_norm = float(engine.get_global_grad_norm() if norm is None else norm)
-    return {"loss": loss, "grad_norm": grad_norm, "step_seconds": time.perf_counter() - started}
+    was_skipped = engine.skipped_steps > skipped
+    if was_skipped:
+        nonfinite.forget_gradients(engine)
+    return Update(loss, float(own_loss), grad_norm, was_skipped)
+
+
+def uncount_step(engine: DeepSpeedEngine) -> None:
+    """Let DeepSpeed count a step that is computed twice once."""
+    engine.global_steps -= 1
+    engine.global_samples -= engine.train_batch_size()
+    engine.skipped_steps -= 1
 
 
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
@@ -115,8 +181,11 @@ def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate
 
 
-def unscaled_gradient_norm(engine: DeepSpeedEngine) -> torch.Tensor | None:
-    """Norm of the reduced gradients where DeepSpeed keeps none: fp32 at stage 0, before its step clips them."""
-    if not (engine.is_gradient_accumulation_boundary() and isinstance(engine.optimizer, torch.optim.Optimizer)):
+def reduced_gradient_norm(engine: DeepSpeedEngine) -> torch.Tensor | None:
+    """Norm of the reduced gradients where DeepSpeed keeps none, before its step clips them: fp32 at stage 0, where the
+    optimizer is told to leave the step out if it is not finite."""
+    if not (engine.is_gradient_accumulation_boundary() and isinstance(engine.optimizer, SkippingAdamW)):
         return None
-    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.optimizer.overflow = not norm.isfinite()
+    return norm

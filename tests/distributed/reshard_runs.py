@@ -39,9 +39,8 @@ def _save(engine: Any, folder: Path, step: int) -> None:
     from dsllm.checkpoint.save import CheckpointSaver
     from dsllm.spec.sections import Checkpoint
 
-    saver = CheckpointSaver(engine, folder, Checkpoint(), "fp32")
-    saver.save(step, must_succeed=True)
-    saver.close()
+    with CheckpointSaver(engine, folder, Checkpoint(), "fp32") as saver:
+        saver.save(step, must_succeed=True)
 
 
 def _train(arguments: list[str]) -> dict[str, Any]:

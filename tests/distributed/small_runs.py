@@ -140,7 +140,7 @@ def run_case(
     requests, memory, activity = Requests(), MemoryMeter(None), Activity()
     for step in range(steps):
         set_learning_rate(engine, warm_up(step))
-        metrics = train_step(engine, micro_batches, requests, memory, activity)
+        metrics, _ = train_step(engine, micro_batches, requests, memory, activity)
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
     engine.destroy()

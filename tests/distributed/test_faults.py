@@ -123,10 +123,10 @@ def test_a_corrupt_shard_is_found_by_its_checksum_and_named(told) -> None:
     assert "corpus-train-00000.bin" in one_line(told["corrupt shard"], 2)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step(told) -> None:
+def test_losses_that_are_not_numbers_stop_the_run_with_step_ranks_and_samples(told) -> None:
     line = one_line(told["too high a rate"], 1)
-    assert line.startswith("step ")
-    assert "the loss is nan" in line
+    assert line.startswith("step 4: the loss of rank 0 is not finite, on samples 24 to 27; the loss of rank 1 is not ")
+    assert "that makes 3 in a row, guards.nonfinite_limit; the run stops" in line
 
 
 @pytest.fixture

@@ -56,9 +56,8 @@ def _engine(stage: int, overrides: list[str], universal: bool = False) -> Any:
 def _save(engine: Any, spec: Any, folder: str, step: int) -> None:
     from dsllm.checkpoint.save import CheckpointSaver
 
-    saver = CheckpointSaver(engine, Path(folder), spec.checkpoint, spec.training.precision)
-    saver.save(step, must_succeed=True)
-    saver.close()
+    with CheckpointSaver(engine, Path(folder), spec.checkpoint, spec.training.precision) as saver:
+        saver.save(step, must_succeed=True)
     engine.destroy()
 
 

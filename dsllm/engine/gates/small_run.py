@@ -112,7 +112,7 @@ def train(
     micro_batches, steps = itertools.cycle(_micro_batches(engine, tokens)), Steps([], [])
     for _ in range(num_steps):
         set_learning_rate(engine, LEARNING_RATE)
-        metrics = train_step(engine, micro_batches, requests, memory, activity)
+        metrics, _ = train_step(engine, micro_batches, requests, memory, activity)
         steps.losses.append(metrics["loss"])
         steps.gradient_norms.append(metrics["grad_norm"])
     return steps
