@@ -8,7 +8,7 @@ DEMO_RUN := runs/quickstart
 DEMO_EXPORT := out/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all lint chaos bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -42,6 +42,10 @@ lint: setup ## Check style, format and the light half's types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+chaos: setup ## Kill runs a hundred times at random moments, and hold them to what they promise: half an hour
+	DS_ACCELERATOR=cpu OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.distributed.chaos --kills 100 \
+	    --output benchmarks/results/chaos-cpu.json
 
 bench: setup ## Measure tokens/s against a bare DeepSpeed loop and the Hugging Face Trainer
 	$(BIN)/python benchmarks/bench.py

@@ -1,5 +1,5 @@
 """Writes what is generated: docs/spec.md, docs/cli.md, in README.md the presets and the outputs of light commands, and
-in README.md and docs/planning.md the known runs, and in docs/memory.md the errors that were measured.
+in README.md and docs/planning.md the known runs, and in docs/memory.md and docs/checkpoints.md what was measured.
 
 python docs/generate.py
 
@@ -27,7 +27,7 @@ from dsllm.plan.known_runs import KNOWN_RUNS
 from dsllm.plan.model_shape import model_shape
 from dsllm.spec.load import load_spec, preset_names
 from dsllm.spec.schema import describe, spec_schema
-from dsllm.units import format_count
+from dsllm.units import format_bytes, format_count
 
 ROOT = Path(__file__).resolve().parents[1]
 HELP_COLUMNS = 100
@@ -56,6 +56,7 @@ _FILE = re.compile(r"^```yaml\n# (?P<name>\S+\.yaml)\n(?P<text>.*?)^```\n", _FLA
 _ACCURACY = re.compile(r"(?<=<!-- accuracy -->\n).*?(?=<!-- end of accuracy -->)", re.DOTALL)
 _PHASES = re.compile(r"(?<=<!-- phases -->\n).*?(?=<!-- end of phases -->)", re.DOTALL)
 _KNOWN_RUNS = re.compile(r"(?<=<!-- known runs -->\n).*?(?=<!-- end of known runs -->)", re.DOTALL)
+_STALL = re.compile(r"(?<=<!-- stall -->\n).*?(?=<!-- end of stall -->)", re.DOTALL)
 _PRESETS = re.compile(r"(?<=<!-- presets -->\n).*?(?=<!-- end of presets -->)", re.DOTALL)
 
 
@@ -158,6 +159,24 @@ def memory() -> str:
     return _PHASES.sub(phases_table(), text)
 
 
+def checkpoints() -> str:
+    """docs/checkpoints.md with how long training waited for a checkpoint."""
+    return _STALL.sub(stall_table(), (ROOT / "docs/checkpoints.md").read_text())
+
+
+def stall_table() -> str:
+    """A row a state, with the figures of the committed measurement."""
+    saves = json.loads((ROOT / "benchmarks/results/checkpoint-stall-cpu.json").read_text())["saves"]
+    lines = ["| state | on disk | DeepSpeed's save | training waits | |", "|---|---:|---:|---:|---:|"]
+    for save in saves:
+        lines.append(
+            f"| stage {save['stage']}, {save['precision']} | {format_bytes(save['bytes'])} "
+            f"| {save['deepspeed_seconds']:.2f} s | {save['waited_seconds']:.2f} s "
+            f"| {save['waited_seconds'] / save['deepspeed_seconds']:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def readme() -> str:
     """The README with its presets, the known runs and the outputs of its light commands as they are now."""
     text = _PRESETS.sub(presets_table(), (ROOT / "README.md").read_text())
@@ -252,6 +271,7 @@ def generated_files() -> dict[str, str]:
     """The text of every generated file, by its path in the checkout."""
     return {
         "README.md": readme(),
+        "docs/checkpoints.md": checkpoints(),
         "docs/cli.md": cli_reference(),
         "docs/memory.md": memory(),
         "docs/planning.md": planning(),

@@ -78,7 +78,9 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     """A run from its spec to its last checkpoint, on every rank: all that the loop needs is made here."""
     import torch
 
+    from dsllm.checkpoint.layout import run_folder_of
     from dsllm.checkpoint.resume import candidates, check_same_data, check_same_run, conversion, load_checkpoint
+    from dsllm.checkpoint.retention import foretell_room
     from dsllm.checkpoint.save import CheckpointSaver
     from dsllm.checkpoint.verify import first_sound
     from dsllm.data.shards import read_manifest
@@ -96,6 +98,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.launch.devices import calibration_file
     from dsllm.plan.batch import resolve_batch
     from dsllm.plan.calibration import read_constants
+    from dsllm.plan.cost import checkpoint_bytes
     from dsllm.plan.memory import MemoryEstimate, estimate_memory
     from dsllm.plan.search import choose_micro_batch
     from dsllm.plan.way import Way
@@ -146,8 +149,10 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
         validation = inputs.open_validation(data, spec, batch, world)
         shares = evaluation.mix_shares(spec.data, read_manifest(data))
     ranks.on_rank_0(lambda: describe_run(folder, spec, ds_config, passport))
+    ranks.on_rank_0(lambda: foretell_room(folder.checkpoints, checkpoint_bytes(run), spec.checkpoint.keep_last))
 
-    judge = open_judge(spec, batch, world, folder, first_step, checkpoint)
+    earlier = run_folder_of(checkpoint) if checkpoint is not None else None
+    judge = open_judge(spec, batch, world, folder, first_step, checkpoint, earlier)
     saver = CheckpointSaver(engine, folder.checkpoints, spec.checkpoint, spec.training.precision, limit.save_took)
     with (
         saver,

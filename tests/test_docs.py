@@ -20,7 +20,10 @@ def generated() -> dict[str, str]:
     return runpy.run_path(str(ROOT / "docs/generate.py"))["generated_files"]()
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/cli.md", "docs/memory.md", "docs/planning.md", "docs/spec.md"])
+@pytest.mark.parametrize(
+    "path",
+    ["README.md", "docs/checkpoints.md", "docs/cli.md", "docs/memory.md", "docs/planning.md", "docs/spec.md"],
+)
 def test_a_generated_page_is_current(generated: dict[str, str], path: str) -> None:
     assert (ROOT / path).read_text() == generated[path], "run python docs/generate.py"
 

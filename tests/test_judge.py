@@ -106,11 +106,11 @@ def test_a_step_skipped_for_a_lower_loss_scale_is_no_fault(tmp_path: Path, caplo
 
 def test_an_absurd_first_loss_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"^step 1: the loss is 87\.00, where an untrained model has 6\.20"):
-        make(tmp_path).judge(1, 87.0, 1.0, None, can_go_back=False)
+        make(tmp_path).goes_back(1, 87.0, 1.0, None, can_go_back=False)
 
 
 def test_a_spike_is_told_with_loss_median_score_and_samples(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert make(tmp_path).judge(900, 9.0, 1.0, None, can_go_back=True) is False
+    assert make(tmp_path).goes_back(900, 9.0, 1.0, None, can_go_back=True) is False
     assert caplog.messages[0].startswith("step 900: the loss is 9.000, where the median of the last steps is 3.020: ")
     assert caplog.messages[0].endswith("robust deviations, more than guards.spike_threshold 8, on samples 7192 to 7199")
     (event,) = read_history(tmp_path / "history.jsonl")

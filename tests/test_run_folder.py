@@ -55,6 +55,8 @@ def test_the_folder_has_the_names_that_scripts_rely_on() -> None:
         "passport.json",
         "metrics.jsonl",
         "memory.json",
+        "checks.json",
+        "history.jsonl",
         "tokenizer",
         "checkpoints",
         "logs",

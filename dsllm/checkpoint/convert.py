@@ -24,7 +24,7 @@ from dsllm.errors import CheckpointError, UserError
 from dsllm.units import format_bytes
 
 FP32_BYTES = 4
-OF_THE_RUN = ("spec.yaml", "passport.json", "tokenizer")
+OF_THE_RUN = ("spec.yaml", "passport.json", "history.jsonl", "tokenizer")
 """What a checkpoint needs of its run where it is kept elsewhere."""
 
 

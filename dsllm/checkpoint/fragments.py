@@ -21,8 +21,9 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-Nesting = Literal["flat", "partitioned", "flat_stage_0", "whole"]
-"""How DeepSpeed nests the tensors in its files: stages 1 and 2; 3; 0 in half precision; 0 in fp32."""
+Nesting = Literal["flat", "partitioned", "nvme", "flat_stage_0", "whole"]
+"""How DeepSpeed nests the tensors in its files: stages 1 and 2; 3, and 3 with states in files of their own; 0 in half
+precision; 0 in fp32."""
 
 
 class Fragment(NamedTuple):
@@ -58,7 +59,8 @@ def layout_of(engine: DeepSpeedEngine) -> Layout:
     places = {parameter: place for place, parameter in enumerate(engine.param_names)}
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         masters = wrapper.fp32_partitioned_groups_flat
-        return Layout("partitioned", wrapper.optimizer, masters, tuple(_partitioned(wrapper, places)))
+        nesting: Nesting = "nvme" if wrapper.swap_optimizer else "partitioned"
+        return Layout(nesting, wrapper.optimizer, masters, tuple(_partitioned(wrapper, places)))
     if isinstance(wrapper, DeepSpeedZeroOptimizer):
         masters = wrapper.single_partition_of_fp32_groups
         return Layout("flat", wrapper.optimizer, masters, tuple(_linked(wrapper.bit16_groups, places)))

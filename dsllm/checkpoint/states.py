@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -77,6 +77,11 @@ class RankwiseStates:
         self._ranks = [_read_rank(path) for path in files if path.is_file()]
         if not self._ranks:
             raise CheckpointError(f"{files[0]}: missing; {ANOTHER}")
+        if self._ranks[0].nesting == "nvme":
+            raise CheckpointError(
+                f"{checkpoint}: optimizer states are on NVMe in DeepSpeed's own files; resume it as it was written, "
+                "with zero.offload_optimizer nvme at the same stage and number of ranks"
+            )
         self.shapes = self._ranks[0].shapes
         self.loss_scaler = self._ranks[0].loss_scaler
         self._opened: dict[int, Sequence[_Group]] = {}
@@ -202,4 +207,9 @@ def _pair(masters: Sequence[torch.Tensor], adam: Mapping[str, Any]) -> list[_Gro
     return [_Group(master, adam["state"].get(number, {})) for master, number in zip(masters, numbers, strict=True)]
 
 
-_GROUPS = {"flat": _flat, "partitioned": _partitioned, "flat_stage_0": _flat_stage_0, "whole": _whole}
+_GROUPS: dict[Nesting, Callable[[dict[str, Any], RankStates], list[_Group]]] = {
+    "flat": _flat,
+    "partitioned": _partitioned,
+    "flat_stage_0": _flat_stage_0,
+    "whole": _whole,
+}

@@ -39,16 +39,22 @@ class Past:
 
 
 def open_judge(
-    spec: Spec, batch: BatchPlan, world: ranks.World, folder: RunFolder, first_step: int, checkpoint: Path | None
+    spec: Spec,
+    batch: BatchPlan,
+    world: ranks.World,
+    folder: RunFolder,
+    first_step: int,
+    checkpoint: Path | None,
+    earlier: Path | None,
 ) -> Judge:
-    """The judge of a run that starts, or goes on from a checkpoint, of this run or another; collective.
+    """The judge of a run that starts, or goes on from a checkpoint; collective.
 
-    The history of the checkpoint's run says which batches are skipped; that of this one notes that it begins.
+    The history in `earlier`, the folder of the checkpoint's run, says which batches are skipped; that of this run notes
+    that it begins.
     """
     past = Past()
-    if checkpoint is not None:
-        earlier = RunFolder(checkpoint.parent.parent)
-        past = ranks.on_rank_0(lambda: read_past(earlier, first_step, spec.guards.spike_window))
+    if earlier is not None:
+        past = ranks.on_rank_0(lambda: read_past(RunFolder(earlier), first_step, spec.guards.spike_window))
     judge = Judge(spec.guards, batch, world, folder, past, untrained_loss(model_shape(spec), spec))
     details = {"checkpoint": str(checkpoint)} if checkpoint else {}
     skipped = list(past.skipped_batches)

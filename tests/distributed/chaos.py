@@ -48,6 +48,7 @@ class Chaos:
     random: random.Random
     kills: Counter[str] = field(default_factory=Counter)
     steps_repeated: int = 0
+    """Done, but not saved when a kill came."""
     last_complete: int = 0
     """Steps of the newest complete checkpoint at the last kill."""
 
@@ -89,14 +90,14 @@ class Chaos:
         if kind == "during a conversion":
             self._kill_a_conversion()
         else:
-            steps_before, logged_before = self.steps_done(), len(self.log())
-            self._train_and(lambda: self._kill(kind, logged_before))
+            logged_before = len(self.log())
+            self._train_and(lambda: self._kill(kind))
             self._check_resumed_from(self.log()[logged_before:])
-            self.steps_repeated += max(0, steps_before - self.last_complete)
-        self.kills[kind] += 1
         complete = complete_folders(self.checkpoints)
         self.last_complete = step_of(complete[-1]) if complete else 0
         assert self.last_complete >= self.last_saved(), "a checkpoint that was called saved is not complete"
+        self.kills[kind] += 1
+        self.steps_repeated += self.steps_done() - self.last_complete if kind != "during a conversion" else 0
 
     def finish(self) -> None:
         """Run to an end without a disturbance, and compare every step with those of an undisturbed run."""
@@ -147,7 +148,7 @@ class Chaos:
         assert not isinstance(ends[0], RanksFailed), ends[0]
         assert ends[0].returncode != 0, "ended well, although it was killed"
 
-    def _kill(self, kind: str, logged_before: int) -> None:
+    def _kill(self, kind: str) -> None:
         if kind == "during a resume":
             self._wait(lambda: len(self.ranks()) == 2)
             time.sleep(self.random.uniform(0, 6))

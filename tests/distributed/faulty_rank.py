@@ -40,11 +40,16 @@ def make_faulty(meet_fault: Callable[[], Any]) -> None:
     """What the loop reads from then on meets the fault on its way."""
     open_training = inputs.open_training
 
-    def open_faulty(*arguments: Any) -> Iterator[Any]:
-        for index, batch in enumerate(open_training(*arguments)):
-            if index == FAULT_AT_MICRO_BATCH:
-                meet_fault()
-            yield batch
+    def open_faulty(*arguments: Any) -> Callable[..., Iterator[Any]]:
+        read = open_training(*arguments)
+
+        def read_faulty(*position: Any) -> Iterator[Any]:
+            for index, batch in enumerate(read(*position)):
+                if index == FAULT_AT_MICRO_BATCH:
+                    meet_fault()
+                yield batch
+
+        return read_faulty
 
     inputs.open_training = open_faulty
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,20 @@ def _save(engine: Any, folder: Path, step: int) -> None:
 def _train(arguments: list[str]) -> dict[str, Any]:
     from dsllm.engine import inputs
 
-    usual, read = inputs.open_training, []
+    usual, seen = inputs.open_training, []
 
-    def open_and_note(*arguments: Any) -> Iterator[Any]:
-        for batch in usual(*arguments):
-            rows = [hashlib.sha256(row.numpy().tobytes()).hexdigest()[:12] for row in batch["input_ids"]]
-            read.extend(rows)
-            yield batch
+    def open_and_note(*arguments: Any) -> Callable[..., Iterator[Any]]:
+        read = usual(*arguments)
+
+        def read_and_note(*position: Any) -> Iterator[Any]:
+            for batch in read(*position):
+                seen.extend(hashlib.sha256(row.numpy().tobytes()).hexdigest()[:12] for row in batch["input_ids"])
+                yield batch
+
+        return read_and_note
 
     inputs.open_training = open_and_note
     try:
-        return {**attempt(arguments), "read": read}
+        return {**attempt(arguments), "read": seen}
     finally:
         inputs.open_training = usual

@@ -106,7 +106,7 @@ def test_what_one_rank_raises_alone_is_what_the_others_end_with(corpus: Path, tm
     assert "ValueError: this rank has had enough (more in " in result.rank_outputs[1]
     last_line = result.rank_outputs[0].strip().splitlines()[-1]
     assert re.match(r"rank 1 on \S+: ValueError: this rank has had enough; " + GO_ON, last_line)
-    assert "in open_faulty" in log_of(tmp_path / "run", 1)
+    assert "in read_faulty" in log_of(tmp_path / "run", 1)
 
 
 def test_a_launch_saves_at_sigusr1_goes_on_and_ends_when_a_rank_is_killed(corpus: Path, tmp_path: Path) -> None:
