@@ -116,6 +116,9 @@ LIGHT_COMMANDS = [
     ["launch", "quickstart", "--dry-run"],
     ["data", "--help"],
     ["data", "prepare", "--help"],
+    ["check", "--help"],
+    ["checkpoints", "--help"],
+    ["checkpoints", "convert", "--help"],
     ["export", "--help"],
     ["generate", "--help"],
 ]

@@ -80,7 +80,7 @@ def test_buffers_are_made_once_and_again_only_for_another_size(tmp_path: Path) -
 def test_a_file_that_cannot_be_written_is_named_with_the_systems_reason(tmp_path: Path) -> None:
     snapshot = taken(state(), tmp_path / "not there")
     snapshot.copy()
-    with pytest.raises(CheckpointError, match=r"not there/state\.pt: No such file or directory$"):
+    with pytest.raises(CheckpointError, match=r"not there/state\.pt could not be written: No such file or directory$"):
         write_files(snapshot.files)
 
 

@@ -125,7 +125,7 @@ class CheckpointSaver:
         """
         if pending.manifest is None:
             outcomes = ranks.gather(_outcome(pending.files))
-            faults = [f"rank {rank} could not write {fault}" for rank, (_, fault) in enumerate(outcomes) if fault]
+            faults = [f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(outcomes) if fault]
             if not faults:
                 files = {name: record for of_rank, _ in outcomes for name, record in of_rank.items()}
                 pending.manifest = self._begin_to_complete(pending, files)
@@ -199,12 +199,16 @@ class CheckpointSaver:
     def _give_up(self, folder: Path, fault: str, must_succeed: bool) -> None:
         if distributed.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        message = f"{folder.name} was not saved: {fault}; earlier checkpoints are untouched"
         if must_succeed or self._settings.on_failure == "stop":
             raise CheckpointError(
-                f"{message}; make room or choose another --run-dir, then start again: the run goes on from the last one"
+                f"{folder.name} was not saved: {fault}; earlier checkpoints are untouched; make room or choose another "
+                "--run-dir, then start again: the run goes on from the last one"
             )
-        logger.warning("%s; the run goes on, and tries again at the next one", message)
+        logger.warning(
+            "%s was not saved: %s; earlier checkpoints are untouched; the run goes on, and tries again at the next one",
+            folder.name,
+            fault,
+        )
 
 
 @contextlib.contextmanager
@@ -227,7 +231,7 @@ def _make_folder(folder: Path) -> str | None:
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
     except OSError as error:
-        return f"rank 0 could not write {error.filename or folder}: {error.strerror}"
+        return f"rank 0: {error.filename or folder} could not be written: {error.strerror}"
     return None
 
 
@@ -246,7 +250,7 @@ def _complete(folder: Path, manifest: Manifest, settings: Checkpoint) -> str | N
         write_manifest(folder, manifest)
         write_latest(folder.parent, folder)
     except OSError as error:
-        return f"rank 0 could not write {error.filename or folder}: {error.strerror}"
+        return f"rank 0: {error.filename or folder} could not be written: {error.strerror}"
     remove_old(folder.parent, folder, settings.keep_last, settings.keep_every)
     return None
 

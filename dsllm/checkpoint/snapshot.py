@@ -142,7 +142,7 @@ def _write(path: Path, content: Any) -> FileRecord:
                 torch.save(content, hashing)
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: {_reason(error)}") from error
+        raise CheckpointError(f"{path} could not be written: {_reason(error)}") from error
     return FileRecord(size_bytes=hashing.size_bytes, sha256=hashing.digest.hexdigest())
 
 

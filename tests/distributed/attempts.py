@@ -66,18 +66,19 @@ def flip_byte(path: Path) -> None:
 
 
 def meet_a_full_disk(flags: list[str], run: str) -> dict[str, Any]:
-    """`run`/checkpoints is a disk with room for one checkpoint: the second save fails, and later there is room."""
+    """`run`/checkpoints is a disk with room for the first checkpoint of three, and later there is room."""
     from dsllm.checkpoint.save import CheckpointSaver
 
     checkpoints = Path(run) / "checkpoints"
-    told = {"full disk": attempt([*flags, "--run-dir", run])}
+    longer = [*flags, "--run-dir", run, "--set", "training.train_steps=6"]
+    told = {"full disk, to stop": attempt([*longer, "--set", "checkpoint.on_failure=stop"])}
+    told["full disk"] = attempt(longer)
     told["latest on it"] = (checkpoints / "latest").read_text()
     forecast = CheckpointSaver._lack_of_room
     CheckpointSaver._lack_of_room = lambda saver: None  # as where another program takes the room meanwhile
-    told["filled up meanwhile"] = attempt([*flags, "--run-dir", run])
+    told["filled up meanwhile"] = attempt(longer)
     CheckpointSaver._lack_of_room = forecast
     told["left on it"] = {path.name: path.is_dir() for path in sorted(checkpoints.iterdir())}
-    longer = [*flags, "--run-dir", run, "--set", "training.train_steps=6"]
     remount(checkpoints, "ro")
     told["read-only"] = attempt(longer)
     remount(checkpoints, "rw,size=64m")

@@ -136,21 +136,28 @@ def on_small_disk(told, small_disk: Path | None) -> dict[str, Any]:
     return told
 
 
-def test_a_disk_without_room_is_found_before_anything_is_written(on_small_disk) -> None:
-    line = one_line(on_small_disk["full disk"], 1)
+def test_a_disk_without_room_is_foretold_and_found_before_anything_is_written(on_small_disk) -> None:
+    line = one_line(on_small_disk["full disk, to stop"], 1)
     assert "global_step4 was not saved: it takes 3." in line
+    told = on_small_disk["full disk"]
+    assert "and the run comes to need" in told["stderr"]
+    assert "global_step4 was not saved: it takes 3." in told["stderr"]
+    assert "the run goes on, and tries again at the next one" in told["stderr"]
+    assert "global_step6 was not saved: it takes 3." in one_line(told, 1)
     assert on_small_disk["latest on it"] == "global_step2"
 
 
-def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(on_small_disk, small_disk: Path) -> None:
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(on_small_disk) -> None:
     line = one_line(on_small_disk["filled up meanwhile"], 1)
-    assert "global_step4 was not saved: rank" in line
-    assert "No space left on device" in line
+    assert "global_step6 was not saved: rank" in line
+    assert "could not be written: No space left on device" in line
     assert on_small_disk["left on it"] == {"global_step2": True, "latest": False}
 
 
 def test_a_read_only_disk_is_named_and_with_room_the_run_goes_on(on_small_disk, small_disk: Path) -> None:
-    assert "Read-only file system; earlier checkpoints are untouched" in one_line(on_small_disk["read-only"], 1)
+    assert "could not be written: Read-only file system; earlier checkpoints are" in one_line(
+        on_small_disk["read-only"], 1
+    )
     assert on_small_disk["with room"]["status"] == 0
     assert [record["step"] for record in records(small_disk)] == [1, 2, 3, 4, 5, 6]
 
