@@ -15,6 +15,7 @@ sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _PACK
 sys.path.append(str(_PACKAGE.parent))
 
 import argparse  # noqa: E402
+import faulthandler  # noqa: E402
 import functools  # noqa: E402
 import logging  # noqa: E402
 import os  # noqa: E402
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from dsllm.engine.ranks import World
     from dsllm.engine.run_folder import RunFolder
 
+EXIT_SECONDS = 20.0
+"""What the interpreter of a failed rank may take to end: libraries wait there for threads and for the other ranks."""
+
 logger = logging.getLogger("dsllm.train")
 logger.addHandler(logging.NullHandler())  # until the run has a folder for its logs
 
@@ -40,7 +44,7 @@ def main() -> int:
     """Train as the command line says. Returns the exit status: 0 done, 2 the user's mistake, 1 a fault."""
     started = time.time()
     arguments = _parse_arguments()
-    rank = int(os.environ.get("RANK", 0))
+    rank, run_dir = int(os.environ.get("RANK", 0)), Path(arguments.run_dir or "runs")
     try:
         spec = load_spec(arguments.spec, arguments.set)
         run_dir = Path(arguments.run_dir or f"runs/{spec.name}")
@@ -106,7 +110,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.spec.derived import train_steps
 
     # Where the run stands.
-    asked = requests.Requests(limit if world.rank == 0 else None)
+    asked = requests.Requests()
     checkpoint = first_sound(ranks.on_rank_0(lambda: candidates(resume, folder.checkpoints)))
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
@@ -141,10 +145,12 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     if is_checked:
         conclude([check_weights(engine.module.causal_lm), *checks], folder.checks)
     torch.manual_seed(spec.seed + world.rank)  # for dropout: weights and data have generators of their own
-    if checkpoint is not None and (change := conversion(engine, checkpoint)) is not None:
-        logger.info("%s", change)
+    first_step = 0
+    if checkpoint is not None:
+        if (change := ranks.on_rank_0(lambda: conversion(engine, checkpoint))) is not None:
+            logger.info("%s", change)
+        first_step = load_checkpoint(engine, checkpoint)
     with ranks.together():
-        first_step = load_checkpoint(engine, checkpoint) if checkpoint is not None else 0
         read_training = inputs.open_training(data, spec, batch, world)
         validation = inputs.open_validation(data, spec, batch, world)
         shares = evaluation.mix_shares(spec.data, read_manifest(data))
@@ -161,13 +167,16 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     ):
 
         def roll_back() -> int:
-            saver.finish()
             activity("starting")
-            last = first_sound(ranks.on_rank_0(lambda: candidates("auto", folder.checkpoints))) or checkpoint
+            saver.finish()
+            own = ranks.on_rank_0(lambda: candidates("auto", folder.checkpoints)) if saver.has_saved else []
+            last = first_sound(own) or checkpoint
             step = load_checkpoint(engine, last)
             record.go_back(step)
             return step
 
+        # From here on: what came before is no part of a step. All agree on the clock of rank 0.
+        asked.limit = limit if world.rank == 0 else None
         done = train(
             engine,
             lambda step: read_training(step, judge.skipped_batches),
@@ -244,4 +253,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status != 0:
+        faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=sys.__stderr__)
+    sys.exit(status)

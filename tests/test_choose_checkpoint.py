@@ -7,20 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from dsllm.checkpoint.layout import complete_folders, newest_first, step_folder, step_folders, write_latest
+from dsllm.checkpoint import layout
+from dsllm.checkpoint.catalogue import newest_first
+from dsllm.checkpoint.layout import complete_folders, step_folder, step_folders, write_latest
 from dsllm.checkpoint.manifest import Manifest, write_manifest
 from dsllm.checkpoint.resume import candidates, check_same_data, check_same_run
 from dsllm.checkpoint.retention import remove_old
-from dsllm.errors import UserError
+from dsllm.errors import CheckpointError, UserError
 from dsllm.spec.load import dump_spec, load_spec
 
 
-def complete(checkpoints: Path, *steps: int) -> None:
+def complete(checkpoints: Path, *steps: int, follows: str | None = None) -> None:
     """Checkpoints without files of two ranks."""
     for step in steps:
         folder = step_folder(checkpoints, step)
         folder.mkdir(parents=True)
-        write_manifest(folder, Manifest(step=step, precision="fp32", zero_stage=2, world_size=2, files={}))
+        manifest = Manifest(step=step, precision="fp32", zero_stage=2, world_size=2, files={}, follows=follows)
+        write_manifest(folder, manifest)
 
 
 def first(resume: str, checkpoints: Path) -> Path | None:
@@ -66,6 +69,30 @@ def test_latest_naming_a_folder_that_is_gone_falls_back_and_says_so(
     (run / "checkpoints" / "latest").write_text("global_step99")
     assert first("auto", run / "checkpoints") == run / "checkpoints" / "global_step10"
     assert "names global_step99, which is not there or not complete; going back to global_step10" in caplog.text
+
+
+def test_a_save_that_was_killed_before_latest_moved_still_counts(run: Path) -> None:
+    checkpoints = run / "checkpoints"
+    complete(checkpoints, 20)  # of a run that this one was turned back from
+    complete(checkpoints, 15, follows="global_step10")
+    assert [folder.name for folder in newest_first(checkpoints)] == [f"global_step{step}" for step in (15, 10, 2, 20)]
+
+
+def test_latest_where_nothing_is_complete_is_no_fresh_start(run: Path) -> None:
+    for folder in complete_folders(run / "checkpoints"):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="latest names global_step10, and no checkpoint there is complete; bring"):
+        candidates("auto", run / "checkpoints")
+    with pytest.raises(UserError, match=r"--resume never: .* holds global_step10 of an earlier run"):
+        candidates("never", run / "checkpoints")
+
+
+def test_a_checkpoint_that_is_removed_is_not_complete_from_the_first_moment_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout.shutil, "rmtree", lambda *arguments, **options: None)  # as when killed there
+    layout.remove(run / "checkpoints" / "global_step2")
+    assert [folder.name for folder in complete_folders(run / "checkpoints")] == ["global_step10"]
 
 
 def test_after_the_latest_older_ones_are_tried_and_those_of_an_abandoned_run_last(run: Path) -> None:
@@ -125,7 +152,7 @@ def test_a_save_that_was_killed_is_no_checkpoint(run: Path) -> None:
 
 def test_old_checkpoints_go_and_unfinished_ones_never_take_their_place(run: Path) -> None:
     checkpoints = run / "checkpoints"
-    step_folder(checkpoints, 15).mkdir()  # a save that was killed
+    step_folder(checkpoints, 11).mkdir()  # a save that was killed
     complete(checkpoints, 12, 30)  # 30 is of a run that this one was turned back from
     remove_old(checkpoints, step_folder(checkpoints, 12), keep_last=2, keep_every=None)
     assert [folder.name for folder in step_folders(checkpoints)] == ["global_step10", "global_step12", "global_step30"]

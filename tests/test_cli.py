@@ -269,6 +269,7 @@ def test_a_launch_hands_sigusr1_and_sigusr2_on_to_the_ranks_and_no_launcher_dies
         "    number = getattr(signal, name)\n"
         "    print(signal.getsignal(number) == signal.SIG_IGN, flush=True)\n"
         "    signal.signal(number, lambda number, frame: said.append(number))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGUSR2})\n"
         "print('ready', flush=True)\n"
         "while len(said) < 2: time.sleep(0.05)\n"
         "print(*map(int, said), flush=True)\n"

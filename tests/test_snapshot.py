@@ -32,7 +32,7 @@ def state() -> dict[str, Any]:
 def taken(content: Any, folder: Path, buffers: HostBuffers | None = None) -> Snapshot:
     snapshot = Snapshot(buffers or HostBuffers())
     snapshot.save(content, str(folder / "state.pt"))
-    snapshot.begin()
+    snapshot.allocate()
     return snapshot
 
 

@@ -62,13 +62,11 @@ def test_a_save_between_two_steps_is_not_counted_as_part_of_a_step() -> None:
     ends = clock.now + 3600
     limit = TimeLimit(clock.now, job_ends=ends, clock=clock)
 
-    def save(step: int) -> None:
-        clock.now += 500
-
     limit.reached()
     clock.now += 10
     limit.reached()
-    limit.timing(save)(1)
+    clock.now += 500
+    limit.save_took(500)
     rounds_until_stopped(limit, clock, round_seconds=10)
     assert ends - clock.now == pytest.approx(MARGIN_SECONDS + 500 + 10, abs=10)
 

@@ -15,7 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from dsllm.checkpoint.layout import run_folder_of, universal_folder
+from dsllm.checkpoint.layout import run_folder_of, sync_folder, universal_folder
 from dsllm.checkpoint.manifest import FileRecord, Manifest, read_manifest, write_manifest
 from dsllm.checkpoint.snapshot import write_files
 from dsllm.checkpoint.states import KINDS, OPTIMIZER_STATE_FILE, UNIVERSAL_STATES, SavedStates, open_states
@@ -52,6 +52,7 @@ def convert(
         if target.exists():
             target.rmdir()
         partial.rename(target)
+        sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

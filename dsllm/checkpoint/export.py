@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dsllm.checkpoint.layout import run_folder_of, step_of
+from dsllm.checkpoint.layout import run_folder_of
+from dsllm.checkpoint.manifest import read_manifest
 from dsllm.checkpoint.resume import checkpoint_at
 from dsllm.checkpoint.states import MASTER, open_states
 from dsllm.checkpoint.verify import faults_of
@@ -53,7 +54,7 @@ def export_run(
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
         raise
-    return step_of(checkpoint)
+    return read_manifest(checkpoint).step
 
 
 def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from dsllm.data.shards import write_durably
@@ -48,7 +49,7 @@ def fragments_file(folder: Path, rank: int) -> Path:
 
 def run_folder_of(checkpoint: Path) -> Path:
     """The run that a checkpoint belongs to; a converted one that was put elsewhere brings what is needed of it."""
-    return checkpoint if (checkpoint / "spec.yaml").is_file() else checkpoint.parent.parent
+    return checkpoint if (checkpoint / "spec.yaml").is_file() else checkpoint.resolve().parent.parent
 
 
 def step_folders(checkpoints: Path) -> list[Path]:
@@ -73,18 +74,10 @@ def read_latest(checkpoints: Path) -> Path | None:
     return checkpoints / latest.read_text().strip() if latest.is_file() else None
 
 
-def newest_first(checkpoints: Path) -> list[Path]:
-    """The complete folders in the order in which a resume tries them: what `latest` names, then older ones.
-
-    Newer ones come last: they are of a run that this one was turned back from. Without a `latest` that is there they
-    come first.
-    """
-    complete = complete_folders(checkpoints)[::-1]
-    latest = read_latest(checkpoints)
-    if latest is None or latest not in complete:
-        return complete
-    at = complete.index(latest)
-    return complete[at:] + complete[:at][::-1]
+def remove(folder: Path) -> None:
+    """Delete a checkpoint so that it is not complete from the first moment on, whenever this is cut short."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_latest(checkpoints: Path, folder: Path) -> None:

@@ -37,6 +37,8 @@ class Manifest(Record):
     """Ranks that wrote it; None where it was converted, for any number."""
     files: Mapping[str, FileRecord]
     """By the path within the checkpoint."""
+    follows: str | None = None
+    """What `latest` named until then."""
 
     @property
     def size_bytes(self) -> int:
@@ -65,6 +67,11 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Complete a checkpoint: the last file written into it."""
     replace_durably(folder / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
+
+
+def first_line(error: BaseException) -> str:
+    """What it says, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def record_of(path: Path) -> FileRecord:

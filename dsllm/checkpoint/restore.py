@@ -21,18 +21,26 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from dsllm.checkpoint.fragments import Fragment, Layout, layout_of, shapes_of
 from dsllm.checkpoint.states import MASTER, MOMENTS, Kind, open_states
+from dsllm.engine import ranks
 from dsllm.errors import CheckpointError
 
 SCALER_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What changes in a loss scaler of fp16 over a run; each stage's has most of them."""
 
 
-@torch.no_grad()
 def restore_states(engine: DeepSpeedEngine, checkpoint: Path) -> None:
     """Weights, moments and loss scale of `checkpoint` into `engine`, in place; collective.
 
-    Raises CheckpointError where its parameters are not those of the engine, or its files cannot be read.
+    Raises CheckpointError, on every rank, where its parameters are not those of the engine or a file cannot be read.
     """
+    with ranks.together():
+        _fill_own_part(engine, checkpoint)
+    _renew_weights(engine)
+
+
+@torch.no_grad()
+def _fill_own_part(engine: DeepSpeedEngine, checkpoint: Path) -> None:
+    """Of this rank: fp32 weights, moments and loss scale. Not collective."""
     states, layout, shapes = open_states(checkpoint), layout_of(engine), shapes_of(engine)
     _check_same_parameters(checkpoint, states.shapes, shapes)
     names = list(shapes)
@@ -50,7 +58,6 @@ def restore_states(engine: DeepSpeedEngine, checkpoint: Path) -> None:
                 fill(moment, fragment, adam[moment])
         else:  # written before the first update: moments begin with the next one
             layout.optimizer.state.pop(master, None)
-    _renew_weights(engine)
     _set_numbers(loss_scaler_of(engine), states.loss_scaler)
 
 
@@ -87,8 +94,9 @@ def _adam_state(layout: Layout, master: torch.Tensor, step: int) -> dict[str, An
     return state
 
 
+@torch.no_grad()
 def _renew_weights(engine: DeepSpeedEngine) -> None:
-    """Cast the fp32 weights to those that the forward uses, on every rank that needs them."""
+    """Cast the fp32 weights to those that the forward uses, on every rank that needs them; collective."""
     wrapper = engine.optimizer
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         wrapper.checkpoint_event_prologue()

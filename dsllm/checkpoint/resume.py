@@ -10,20 +10,19 @@ from typing import Any
 import torch.distributed as distributed
 from deepspeed import DeepSpeedEngine
 
+from dsllm.checkpoint.catalogue import newest_first
 from dsllm.checkpoint.layout import (
-    complete_folders,
     is_complete,
-    newest_first,
     random_state_file,
     read_latest,
     run_folder_of,
-    step_of,
+    step_folders,
 )
 from dsllm.checkpoint.manifest import ANOTHER, read_manifest
 from dsllm.checkpoint.restore import restore_states
 from dsllm.checkpoint.safe_load import weights_only
 from dsllm.checkpoint.states import mapped
-from dsllm.engine.generators import set_generator_states
+from dsllm.engine.generators import reseed, set_generator_states
 from dsllm.errors import CheckpointError, UserError
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Spec
@@ -52,7 +51,8 @@ def candidates(resume: str, checkpoints: Path) -> list[Path]:
     """The checkpoints to go on from, best first; none for a fresh start.
 
     `resume` is `auto` (the latest, or the newest before it that is sound), `never` (a fresh start, refused where it
-    would mix with an older run), or a path: a run, its `checkpoints`, or one checkpoint. Raises UserError.
+    would mix with an older run), or a path: a run, its `checkpoints`, or one checkpoint. Raises UserError, and
+    CheckpointError where `latest` shows that there was a run and nothing of it is complete.
     """
     if resume == "auto":
         found = newest_first(checkpoints)
@@ -61,14 +61,23 @@ def candidates(resume: str, checkpoints: Path) -> list[Path]:
             logger.warning(
                 "%s: there is no file named latest; going on from the newest, %s", checkpoints, found[0].name
             )
+        elif latest is not None and not found:
+            raise CheckpointError(
+                f"{checkpoints}: latest names {latest.name}, and no checkpoint there is complete; bring one back, or "
+                "start with another --run-dir"
+            )
         elif latest is not None and latest not in found:
-            where = f"; going back to {found[0].name}" if found else ""
-            logger.warning("%s/latest names %s, which is not there or not complete%s", checkpoints, latest.name, where)
+            logger.warning(
+                "%s/latest names %s, which is not there or not complete; going back to %s",
+                checkpoints,
+                latest.name,
+                found[0].name,
+            )
         return found
     if resume == "never":
-        if complete := complete_folders(checkpoints):
+        if folders := step_folders(checkpoints):
             raise UserError(
-                f"--resume never: {checkpoints} holds {complete[-1].name} of an earlier run; choose "
+                f"--resume never: {checkpoints} holds {folders[-1].name} of an earlier run; choose "
                 "another --run-dir, or delete that folder"
             )
         return []
@@ -121,7 +130,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> int:
 
     Returns the steps it has done. Raises CheckpointError where it cannot be read.
     """
-    step = step_of(checkpoint)
+    step = read_manifest(checkpoint).step
     if engine.zero_nvme_offload_optimizer():
         _load_as_written(engine, checkpoint)
     else:
@@ -131,6 +140,8 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> int:
     states = random_state_file(checkpoint, distributed.get_rank())
     if states.is_file():  # there are none for ranks that were not there, and none after a conversion
         set_generator_states(mapped(states))
+    else:
+        reseed(step)
     return step
 
 

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +15,15 @@ import torch.distributed as distributed
 from deepspeed import DeepSpeedEngine
 
 from dsllm.checkpoint.fragments import layout_of, shapes_of
-from dsllm.checkpoint.layout import fragments_file, random_state_file, step_folder, write_latest
-from dsllm.checkpoint.manifest import FileRecord, Manifest, write_manifest
+from dsllm.checkpoint.layout import (
+    fragments_file,
+    random_state_file,
+    read_latest,
+    remove,
+    step_folder,
+    write_latest,
+)
+from dsllm.checkpoint.manifest import FileRecord, Manifest, first_line, write_manifest
 from dsllm.checkpoint.restore import loss_scaler_numbers
 from dsllm.checkpoint.retention import remove_old
 from dsllm.checkpoint.snapshot import HostBuffers, Snapshot, offloaded_files, write_files
@@ -94,19 +101,20 @@ class CheckpointSaver:
         fault = ranks.on_rank_0(lambda: _make_folder(folder))
         if fault is None:
             snapshot = self._take(folder)
-            fault = self._lack_of_room()
+            fault = _lack_of_memory(snapshot) or self._lack_of_room()
         if fault is not None:
             self._give_up(folder, fault, must_succeed)
             return
         copied = self._writer.submit(snapshot.copy)
-        self._pending = _Pending(folder, step, copied, self._writer.submit(_write, folder, snapshot.files))
+        self._pending = _Pending(folder, step, copied, self._writer.submit(_write, folder, copied, snapshot.files))
         if must_succeed or not self._settings.asynchronous:
             self.finish(must_succeed=must_succeed)
 
     def settle(self) -> None:
-        """Wait until this rank's state may change, because it is in host memory. Not collective."""
+        """Wait until this rank's state may change, because it is in host memory. Not collective: where that fails, all
+        ranks hear of it together with what cannot be written."""
         if self._pending is not None:
-            self._pending.copied.result()
+            wait([self._pending.copied])
 
     def poll(self) -> None:
         """Between two steps: let the checkpoint that is being written come as far as it can without waiting."""
@@ -125,7 +133,7 @@ class CheckpointSaver:
         """
         if pending.manifest is None:
             outcomes = ranks.gather(_outcome(pending.files))
-            faults = [f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(outcomes) if fault]
+            faults = [f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(outcomes) if fault is not None]
             if not faults:
                 files = {name: record for of_rank, _ in outcomes for name, record in of_rank.items()}
                 pending.manifest = self._begin_to_complete(pending, files)
@@ -145,9 +153,15 @@ class CheckpointSaver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, TrainingError) and not issubclass(kind, OneRankError):
-            self.finish()
-        self._writer.shutdown()
+        is_known_to_all = kind is not None and issubclass(kind, TrainingError) and not issubclass(kind, OneRankError)
+        if is_known_to_all:
+            try:
+                self.finish()
+            except CheckpointError as error:  # what ended the block is what matters
+                logger.warning("%s", error)
+        # The others must hear at once of what one rank raised alone.
+        is_in_order = kind is None or is_known_to_all
+        self._writer.shutdown(wait=is_in_order, cancel_futures=not is_in_order)
 
     def _take(self, folder: Path) -> Snapshot:
         """This rank's files as they are now."""
@@ -156,7 +170,6 @@ class CheckpointSaver:
             self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         rank = distributed.get_rank()
         snapshot.save(generator_states(), str(random_state_file(folder, rank)))
-        snapshot.begin()
         if states := self._rank_states(snapshot, folder):
             snapshot.files[fragments_file(folder, rank)] = states.model_dump_json()
         return snapshot
@@ -193,12 +206,13 @@ class CheckpointSaver:
             zero_stage=self._engine.zero_optimization_stage(),
             world_size=distributed.get_world_size(),
             files=files,
+            follows=latest.name if (latest := read_latest(self._checkpoints)) else None,
         )
         return self._writer.submit(_complete, pending.folder, manifest, self._settings)
 
     def _give_up(self, folder: Path, fault: str, must_succeed: bool) -> None:
         if distributed.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         if must_succeed or self._settings.on_failure == "stop":
             raise CheckpointError(
                 f"{folder.name} was not saved: {fault}; earlier checkpoints are untouched; make room or choose another "
@@ -227,16 +241,32 @@ def _deepspeed_writes_to(snapshot: Snapshot, engine: DeepSpeedEngine) -> Iterato
 def _make_folder(folder: Path) -> str | None:
     """An empty one, in the place of what an earlier save may have left. Returns what went wrong."""
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
+        remove(folder)
         folder.mkdir(parents=True)
     except OSError as error:
         return f"rank 0: {error.filename or folder} could not be written: {error.strerror}"
     return None
 
 
-def _write(folder: Path, files: Mapping[Path, object]) -> Files:
-    """On the writing thread: this rank's files, by their names in the checkpoint."""
+def _lack_of_memory(snapshot: Snapshot) -> str | None:
+    """What keeps a rank from having its state in host memory too; collective."""
+    faults = ranks.gather(_fault_of(snapshot.allocate))
+    return next(
+        (f"rank {rank}: no host memory: {fault}" for rank, fault in enumerate(faults) if fault is not None), None
+    )
+
+
+def _fault_of(work: Callable[[], None]) -> str | None:
+    try:
+        work()
+    except (MemoryError, RuntimeError) as error:
+        return first_line(error)
+    return None
+
+
+def _write(folder: Path, copied: Future[None], files: Mapping[Path, object]) -> Files:
+    """On the writing thread, where the copy has come before: this rank's files, by their names in the checkpoint."""
+    copied.result()
     records = write_files(files) | offloaded_files(folder, distributed.get_rank())
     return {path.relative_to(folder).as_posix(): record for path, record in records.items()}
 
@@ -251,7 +281,10 @@ def _complete(folder: Path, manifest: Manifest, settings: Checkpoint) -> str | N
         write_latest(folder.parent, folder)
     except OSError as error:
         return f"rank 0: {error.filename or folder} could not be written: {error.strerror}"
-    remove_old(folder.parent, folder, settings.keep_last, settings.keep_every)
+    try:
+        remove_old(folder.parent, folder, settings.keep_last, settings.keep_every)
+    except OSError as error:
+        logger.warning("%s: an old checkpoint stays: %s", error.filename or folder.parent, error.strerror)
     return None
 
 
@@ -265,4 +298,4 @@ def _outcome(files: Future[Files]) -> tuple[Files, str | None]:
     try:
         return files.result(), None
     except Exception as error:
-        return {}, str(error)
+        return {}, first_line(error)

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from dsllm.checkpoint.layout import sync_folder
-from dsllm.checkpoint.manifest import FileRecord, record_of
+from dsllm.checkpoint.manifest import FileRecord, first_line, record_of
 from dsllm.errors import CheckpointError
 
 
@@ -53,12 +53,38 @@ class Snapshot(TorchCheckpointEngine):
         super().__init__()
         self._buffers = buffers
         self._sources: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._ready = get_accelerator().Event() if _has_device() else None
+        self._device: int | None = None
+        self._ready: Any = None
         self.files: dict[Path, Any] = {}
-        """What is to be written, in host memory once it is copied."""
+        """What is to be written; its tensors are the live ones until `allocate`, and in host memory after `copy`."""
 
     def save(self, state_dict: Any, path: str) -> None:
         """Note down one file. What is not a tensor is copied at once."""
+        self.files[Path(path)] = _map_tensors(torch.Tensor.detach, state_dict)
+
+    def allocate(self) -> None:
+        """Once all is noted down: host memory for it. On a GPU the copies follow what has been asked of it so far.
+
+        Raises what the system does where there is not enough.
+        """
+        for path, state in self.files.items():
+            self.files[path] = self._in_buffers(path.name, state)
+        if _has_device():
+            self._device = get_accelerator().current_device()
+            self._ready = get_accelerator().Event()
+            self._ready.record()
+
+    def copy(self) -> None:
+        """Fill the buffers; on any thread."""
+        if self._device is None:
+            for buffer, tensor in self._sources:
+                buffer.copy_(tensor)
+        else:
+            self._copy_from_device()
+        self._sources.clear()
+
+    def _in_buffers(self, name: str, state: Any) -> Any:
+        """The state of one file with its tensors in host memory, which is not filled yet."""
         buffers: dict[int, torch.Tensor] = {}
 
         def in_buffer(tensor: torch.Tensor) -> torch.Tensor:
@@ -67,34 +93,21 @@ class Snapshot(TorchCheckpointEngine):
             # As torch saves them: what shares memory, such as tied weights or parts of a flat tensor, is stored once.
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in buffers:
-                buffer = self._buffers.get((Path(path).name, len(buffers)), storage.nbytes())
+                buffer = self._buffers.get((name, len(buffers)), storage.nbytes())
                 buffers[storage.data_ptr()] = buffer
                 self._sources.append((buffer, torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)))
             place = buffers[storage.data_ptr()].untyped_storage()
-            layout = tensor.storage_offset(), tensor.shape, tensor.stride()
-            return torch.empty(0, dtype=tensor.dtype).set_(place, *layout)
+            return torch.empty(0, dtype=tensor.dtype).set_(
+                place, tensor.storage_offset(), tensor.shape, tensor.stride()
+            )
 
-        self.files[Path(path)] = _map_tensors(in_buffer, state_dict)
+        return _map_tensors(in_buffer, state)
 
-    def begin(self) -> None:
-        """Once all is noted down: on a GPU the copies follow what has been asked of it so far."""
-        if self._ready is not None:
-            self._ready.record()
-
-    def copy(self) -> None:
-        """Fill the buffers; on any thread."""
-        if self._ready is None:
-            for buffer, tensor in self._sources:
-                buffer.copy_(tensor)
-        else:
-            self._copy_from_device(self._ready)
-        self._sources.clear()
-
-    def _copy_from_device(self, ready: Any) -> None:
+    def _copy_from_device(self) -> None:
         accelerator = get_accelerator()
-        accelerator.set_device(self._sources[0][1].device.index)  # each thread has a device of its own
+        accelerator.set_device(self._device)  # each thread has a device of its own
         stream = accelerator.Stream()
-        stream.wait_event(ready)
+        stream.wait_event(self._ready)
         with accelerator.stream(stream):
             for buffer, tensor in self._sources:
                 buffer.copy_(tensor, non_blocking=True)
@@ -129,7 +142,11 @@ def write_files(files: Mapping[Path, Any]) -> dict[Path, FileRecord]:
 def offloaded_files(checkpoint: Path, rank: int) -> dict[Path, FileRecord]:
     """What DeepSpeed itself has copied of optimizer states on NVMe: those of one rank."""
     folder = checkpoint / "offloaded_tensors" / f"rank{rank:02d}"
-    return {path: record_of(path) for path in folder.rglob("*") if path.is_file()}
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return {path: record_of(path) for path in paths}
 
 
 def _write(path: Path, content: Any) -> FileRecord:
@@ -151,7 +168,7 @@ def _reason(error: BaseException) -> str:
     for cause in (error, error.__context__):
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
-    return str(error).splitlines()[0]
+    return first_line(error)
 
 
 class _HashingFile:

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from dsllm.checkpoint.fragments import Fragment, Nesting
 from dsllm.checkpoint.layout import fragments_file
-from dsllm.checkpoint.manifest import ANOTHER, read_manifest
-from dsllm.checkpoint.safe_load import weights_only
+from dsllm.checkpoint.manifest import ANOTHER, first_line, read_manifest
+from dsllm.checkpoint.safe_load import DEEPSPEED_CLASSES
 from dsllm.data.shards import Record
 from dsllm.errors import CheckpointError
 
@@ -72,11 +72,11 @@ class RankwiseStates:
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = checkpoint
-        world_size = read_manifest(checkpoint).world_size or 1
-        files = [fragments_file(checkpoint, rank) for rank in range(world_size)]
-        self._ranks = [_read_rank(path) for path in files if path.is_file()]
-        if not self._ranks:
-            raise CheckpointError(f"{files[0]}: missing; {ANOTHER}")
+        manifest = read_manifest(checkpoint)
+        world_size = manifest.world_size or 1
+        # At stage 0 rank 0 writes for all.
+        files = [fragments_file(checkpoint, rank) for rank in range(world_size if manifest.zero_stage else 1)]
+        self._ranks = [_read_rank(path) for path in files]
         if self._ranks[0].nesting == "nvme":
             raise CheckpointError(
                 f"{checkpoint}: optimizer states are on NVMe in DeepSpeed's own files; resume it as it was written, "
@@ -143,10 +143,10 @@ class UniversalStates:
 def mapped(path: Path) -> dict[str, Any]:
     """A file of torch's, its tensors mapped from the disk. Raises CheckpointError."""
     try:
-        with weights_only():
-            return cast(dict[str, Any], torch.load(path, map_location="cpu", mmap=True))
+        with torch.serialization.safe_globals(DEEPSPEED_CLASSES):
+            return cast(dict[str, Any], torch.load(path, map_location="cpu", mmap=True, weights_only=True))
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}; {ANOTHER}") from error
+        raise CheckpointError(f"{path}: cannot be read: {first_line(error)}; {ANOTHER}") from error
 
 
 def _read_rank(path: Path) -> RankStates:

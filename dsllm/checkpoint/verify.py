@@ -17,12 +17,14 @@ logger = logging.getLogger(__name__)
 
 def faults_of(checkpoint: Path, share: int = 0, shares: int = 1) -> list[str]:
     """What is wrong with a checkpoint, a sentence for each file; of its files every `shares`-th from `share` on."""
-    if not is_complete(checkpoint):
-        return ["not complete: its save was interrupted"]
     try:
+        if not is_complete(checkpoint):
+            return ["not complete: its save was interrupted"]
         manifest = read_manifest(checkpoint)
     except CheckpointError as error:
         return [str(error)]
+    except OSError as error:
+        return [f"cannot be read: {error.strerror}"]
     # The largest first, so that the shares are about equal.
     files = sorted(manifest.files.items(), key=lambda item: (-item[1].size_bytes, item[0]))
     faults = [fault_of(checkpoint, name, record) for name, record in files[share::shares]]

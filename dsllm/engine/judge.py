@@ -14,7 +14,7 @@ from typing import Any
 
 from dsllm.data.batches import batch_of, samples_of, share_of
 from dsllm.engine import ranks
-from dsllm.engine.guards import check_first_loss, untrained_loss
+from dsllm.engine.first_loss import check_first_loss, untrained_loss
 from dsllm.engine.history import History, num_roll_backs, read_history, skipped_batches
 from dsllm.engine.metrics import recent_losses
 from dsllm.engine.nonfinite import Fault

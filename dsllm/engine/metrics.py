@@ -142,8 +142,11 @@ def jsonl_sink(path: Path, resumed_step: int) -> Sink:
     partial.replace(path)
 
     def write(record: Record) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps(_without_infinities(record)) + "\n")
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(_without_infinities(record)) + "\n")
+        except OSError as error:  # a full disk ends no run: it may have room again for the next checkpoint
+            logger.warning("%s lost step %d: %s", path, record["step"], error.strerror)
 
     return write
 

@@ -20,8 +20,8 @@ class Requests:
     """
 
     def __init__(self, limit: TimeLimit | None = None) -> None:
-        """Rank 0 alone has a time limit: all agree on its clock."""
-        self._limit = limit
+        self.limit = limit
+        """When this rank asks for the end by the clock, if it does."""
         self._reason: str | None = None
         self._saves_asked = 0
         self._saves_told = 0
@@ -31,6 +31,8 @@ class Requests:
         for number in STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
         signal.signal(signal.SIGUSR1, self._ask_to_save)
+        # Held back by dsllm launch until somebody answers: see launch/supervisor.py.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, signal.SIGUSR2})
 
     @property
     def reason(self) -> str:
@@ -39,7 +41,7 @@ class Requests:
 
     def own(self) -> list[float]:
         """Whether this rank is asked to stop, and to save: 1 or 0 each, to be summed over the ranks once a step."""
-        reached = self._limit.reached() if self._limit else None
+        reached = self.limit.reached() if self.limit else None
         self._reason = self._reason or reached
         asked = self._saves_asked
         wants_save, self._saves_told = asked > self._saves_told, asked

@@ -24,7 +24,7 @@ class Spike:
 
 
 class SpikeDetector:
-    """Holds each loss against the last `window` that were no spikes, once half as many are known.
+    """Holds each loss against the last `window`, once half as many are known.
 
     The score is the distance from their median in units of their spread, both robust: a few odd losses within the
     window move neither. Only upward counts; a loss may fall as far as it likes.
@@ -39,12 +39,17 @@ class SpikeDetector:
             self.observe(loss)
 
     def observe(self, loss: float) -> Spike | None:
-        """The spike that this finite loss is; None for a usual one, which then counts among the last."""
+        """The spike that this finite loss is; None for a usual one. Either counts among the last from then on: a level
+        that lasts becomes the usual one."""
+        spike = self._judge(loss)
+        self._losses.append(loss)
+        return spike
+
+    def _judge(self, loss: float) -> Spike | None:
         if len(self._losses) >= self._least:
             median = statistics.median(self._losses)
             deviation = statistics.median(abs(other - median) for other in self._losses)
             spread = max(DEVIATIONS_PER_MAD * deviation, LEAST_SPREAD * abs(median))
             if loss - median > self._threshold * spread:
                 return Spike(loss, median, (loss - median) / spread if spread else float("inf"))
-        self._losses.append(loss)
         return None

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 from dsllm.errors import UserError
 from dsllm.units import format_duration
-
-T = TypeVar("T")
 
 SLURM_END = "SLURM_JOB_END_TIME"
 """Slurm's name for the second, since 1970, at which it kills the job."""
@@ -53,17 +50,6 @@ class TimeLimit:
         if self._job_ends is not None and now + self._needed_seconds() >= self._job_ends:
             return f"the end of the Slurm job, in {format_duration(self._job_ends - now)},"
         return None
-
-    def timing(self, save: Callable[[int], T]) -> Callable[[int], T]:
-        """The same, with a note of how long it took."""
-
-        def timed(step: int) -> T:
-            before = self._clock()
-            result = save(step)
-            self.save_took(self._clock() - before)
-            return result
-
-        return timed
 
     def save_took(self, seconds: float) -> None:
         """A checkpoint was written in so long, from its start until a resume could use it."""

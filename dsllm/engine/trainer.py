@@ -71,8 +71,11 @@ def train(
             spike, done = done, roll_back()
             judge.rolled_back(spike, done)
             micro_batches = read(done)
+            if requests.stop:
+                break
             continue
-        if done == 1 or done == train_steps or done % evaluation_interval == 0:
+        is_evaluated = not requests.stop and (done == 1 or done % evaluation_interval == 0)
+        if is_evaluated or done == train_steps:
             metrics |= evaluate()
         record({"step": done, "lr": rate, **metrics})
         is_last = done == train_steps or requests.stop
@@ -153,7 +156,8 @@ def _update(
         total_loss += loss.detach()
         norm = reduced_gradient_norm(engine)
         activity("step")
-        before_update()
+        if engine.is_gradient_accumulation_boundary():
+            before_update()
         with memory.phase("step"):
             engine.step()
         activity("reading")

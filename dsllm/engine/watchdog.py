@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import faulthandler
 import itertools
@@ -32,8 +31,6 @@ GRACE_SECONDS = 5.0
 """For the main thread to come to the same end by itself; and for the others to read why rank 0 ends."""
 BACKSTOP_SECONDS = 30.0
 """Beyond the limit, for a rank whose interpreter is locked, so that no thread of it can end it."""
-EXIT_SECONDS = 20.0
-"""What the interpreter of a failed rank may take to end: libraries wait for the other ranks there."""
 STDERR = 2  # by its number: sys.stderr may be none that a fault handler can write to
 COLLECTIVES = os.path.dirname(distributed.__file__)
 
@@ -127,7 +124,6 @@ class Watchdog(threading.Thread):
         reason = f"rank {self._rank} on {self._host}: {type(error).__name__}: {_first_line(error)}"
         verdict = self._board.verdict or self._board.propose(reason, GRACE_SECONDS)
         self._leave()
-        atexit.register(faulthandler.dump_traceback_later, EXIT_SECONDS, exit=True, file=STDERR)
         is_known_to_all = isinstance(error, DsllmError) and not is_broken_connection
         if verdict.by_rank == self._rank or is_known_to_all:
             return None
@@ -163,7 +159,7 @@ class Watchdog(threading.Thread):
             peer.kill_if_silent()
         is_first = verdict.by_rank == self._rank
         message = f"{verdict.reason}; the same command goes on from the last checkpoint"
-        logger.critical("%s", message, extra={"on_screen": is_first})
+        logger.critical("%s", message, extra={"on_screen": is_first or self._rank == 0})
         self._leave()
         logging.shutdown()
         os._exit(1)

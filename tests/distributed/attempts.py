@@ -28,12 +28,29 @@ def tell(flags: list[str], run: str, data: str, small_disk: str | None) -> dict[
     told["never"] = attempt([*flags, "--run-dir", run, "--resume", "never"])
     told["nothing there"] = attempt([*flags, "--run-dir", run, "--resume", str(checkpoints / "global_step77")])
     told |= meet_damage(flags, run)
+    told["copy fails"] = without_memory_for_copies([*flags, "--run-dir", run + "-4"])
     with replaced(Path(data) / "corpus-train-00000.bin", lambda content: bytes([content[0] ^ 1]) + content[1:]):
         told["corrupt shard"] = attempt([*flags, "--run-dir", run + "-2"])
     told["too high a rate"] = attempt([*flags, "--run-dir", run + "-3", "--set", "optimizer.learning_rate=1e30"])
     if small_disk is not None:
         told |= meet_a_full_disk(flags, small_disk)
     return told
+
+
+def without_memory_for_copies(arguments: list[str]) -> dict[str, Any]:
+    """Rank 1 cannot copy its state to host memory: nothing that it writes may count."""
+    from dsllm.checkpoint.snapshot import Snapshot
+
+    def fail(snapshot: Snapshot) -> None:
+        raise MemoryError  # without a word, as the system raises it
+
+    usual = Snapshot.copy
+    if distributed.get_rank() == 1:
+        Snapshot.copy = fail
+    try:
+        return attempt(arguments)
+    finally:
+        Snapshot.copy = usual
 
 
 def meet_damage(flags: list[str], run: str) -> dict[str, Any]:

@@ -113,6 +113,12 @@ def test_damage_is_named_before_anything_is_loaded_and_the_run_goes_back(told, f
     assert f"going on from {folder}/run/checkpoints/{used}\n" in told[damage]["stderr"]
 
 
+def test_a_copy_that_fails_on_one_rank_is_no_checkpoint_and_no_end_before_the_last(told, folder: Path) -> None:
+    assert "global_step2 was not saved: rank 1: MemoryError" in told["copy fails"]["stderr"]
+    assert "global_step4 was not saved: rank 1: MemoryError" in one_line(told["copy fails"], 1)
+    assert list((folder / "run-4" / "checkpoints").iterdir()) == []
+
+
 def test_where_nothing_is_sound_the_run_ends_with_1_and_says_so(told) -> None:
     assert "; no other checkpoint is sound" in one_line(told["all damaged"], 1)
     line = one_line(told["named and damaged"], 1)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsllm.checkpoint.convert import convert
 from dsllm.checkpoint.states import KINDS, open_states
 from tests.distributed.harness import run_python_ranks
 from tests.distributed.test_resume import arguments, records
@@ -149,6 +150,25 @@ def assert_same_states(one: Path, other: Path) -> None:
 
 def test_a_sample_of_the_matrix_goes_on_as_if_undisturbed(folder: Path, undisturbed) -> None:
     check(folder, undisturbed, [*SAMPLE, ((2, 2), (2, 2)), ((3, 3), (3, 3))])
+
+
+def test_a_converted_checkpoint_goes_on_at_any_stage_and_in_another_precision(folder: Path, undisturbed) -> None:
+    source = run_of(folder, (3, 3))
+    universal, _ = convert(source / "checkpoints" / f"global_step{SAVED}", folder / "archive")
+    cases = [(stage, *extra) for stage in (0, 1, 2, 3) for extra in ([], ["training.precision=bf16"])]
+    runs = [folder / f"from-archive-{number}" for number in range(len(cases))]
+    arguments = [
+        [*flags(folder, run, stage), "--resume", str(universal), *[word for one in extra for word in ("--set", one)]]
+        for run, (stage, *extra) in zip(runs, cases, strict=True)
+    ]
+    resaved = [str(run / "resaved") for run in runs]
+    of_ranks = start("resume_each", folder, 2, runs=arguments, resaved=resaved)
+    assert [[told["status"] for told in rank] for rank in of_ranks] == [[0] * len(cases)] * 2, of_ranks
+    expected = [record["loss"] for record in records(source)][SAVED:]
+    for run, (_, *extra) in zip(runs, cases, strict=True):
+        losses = [record["loss"] for record in records(run)]
+        assert losses == pytest.approx(expected, rel=2e-2 if extra else 1e-4), run
+        assert_same_states(source / "checkpoints" / f"global_step{SAVED}", run / "resaved" / f"global_step{SAVED}")
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-from dsllm.engine import guards
 from dsllm.engine.activity import Activity
+from dsllm.engine.first_loss import untrained_loss
 from dsllm.engine.gates.check import Check, timed
 from dsllm.engine.gates.small_run import (
     Steps,
@@ -67,7 +67,7 @@ def _checks(spec: Spec, world: World, requests: Requests, activity: Activity) ->
 
 def first_loss(loss: float, small: Spec) -> Check:
     """Whether a model that has learned nothing loses as much as it must."""
-    expected = guards.untrained_loss(model_shape(small), small)
+    expected = untrained_loss(model_shape(small), small)
     return Check(
         name="first loss",
         passed=abs(loss - expected) <= FIRST_LOSS_TOLERANCE,

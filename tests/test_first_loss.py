@@ -1,12 +1,12 @@
-"""What ends a run: a request from outside, or a first loss that no untrained model has."""
+"""A first loss that no untrained model has ends the run."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dsllm.engine import guards
-from dsllm.engine.guards import check_first_loss, untrained_loss
+from dsllm.engine import first_loss
+from dsllm.engine.first_loss import check_first_loss, untrained_loss
 from dsllm.errors import TrainingError
 from dsllm.model.build import build_model, model_config
 from dsllm.model.initialize import initialize_weights
@@ -22,7 +22,7 @@ def test_a_first_loss_that_no_untrained_model_has_stops_the_run_with_both_number
 
 
 def test_a_sound_first_loss_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", guards.__name__)
+    caplog.set_level("INFO", first_loss.__name__)
     check_first_loss(7.1, 6.9)
     assert caplog.messages == ["first loss 7.100; a model that has learned nothing has 6.900"]
 

@@ -1,4 +1,4 @@
-"""What stops a run: numbers that make going on pointless."""
+"""What a model that has learned nothing loses: the first step of a run must lose about as much."""
 
 from __future__ import annotations
 
