@@ -24,7 +24,7 @@ from dsllm.units import MIB
 
 BOUND = 0.25
 SHAPE = [
-    "model={family: gpt2, num_layers: 8, hidden_size: 512, num_attention_heads: 8, max_position_embeddings: 64}",
+    "model={family: gpt2, num_layers: 12, hidden_size: 768, num_attention_heads: 12, max_position_embeddings: 64}",
     "tokenizer={kind: bpe, vocab_size: 16384}",
     "batch={sequence_length: 64, global_batch_size: 2, micro_batch_size: 1}",
 ]
