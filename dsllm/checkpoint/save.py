@@ -212,7 +212,8 @@ class CheckpointSaver:
 
     def _give_up(self, folder: Path, fault: str, must_succeed: bool) -> None:
         if distributed.get_rank() == 0:
-            remove(folder)
+            with contextlib.suppress(OSError):  # of a disk that has become read-only
+                remove(folder)
         if must_succeed or self._settings.on_failure == "stop":
             raise CheckpointError(
                 f"{folder.name} was not saved: {fault}; earlier checkpoints are untouched; make room or choose another "
