@@ -202,9 +202,8 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     memory_report.conclude(folder.memory, predict(needs.way), engine, memory.measured, steps=done - first_step)
     if done < steps:
         judge.history.append("stopped", done, by=asked.reason)
-        logger.info(
-            "stopped by %s after step %d of %d; saved: the same command goes on from there", asked.reason, done, steps
-        )
+        how = "the same command" if resume == "auto" else "the same command without --resume"
+        logger.info("stopped by %s after step %d of %d; saved: %s goes on from there", asked.reason, done, steps, how)
     else:
         judge.history.append("finished", done)
         logger.info("trained to step %d of %d; the run is in %s", done, steps, folder.path)
