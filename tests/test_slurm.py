@@ -1,0 +1,51 @@
+"""The srun commands, and what the variables of a Slurm job say."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsllm.errors import UserError
+from dsllm.launch.hostfile import Host
+from dsllm.launch.slurm import in_step, rendezvous_port, srun_command, srun_one
+
+
+def test_every_rank_is_a_task_and_hosts_are_filled_in_order() -> None:
+    command = srun_command([Host("gpu-1", 8), Host("gpu-2", 8)], 4, ["python", "-u", "train.py"])
+    assert command[0] == "srun"
+    assert {
+        "--nodes=2",
+        "--ntasks=8",
+        "--ntasks-per-node=4",
+        "--nodelist=gpu-1,gpu-2",
+        "--distribution=block",
+        "--kill-on-bad-exit=1",
+        "--gpu-bind=none",
+        "--export=ALL",
+    } <= set(command)
+    assert command[-3:] == ["python", "-u", "train.py"]
+
+
+def test_a_shell_on_one_host_shares_the_resources_of_the_ranks() -> None:
+    command = srun_one("gpu-2", "cat > 'a b'; echo $HOME")
+    assert {"--overlap", "--nodes=1", "--ntasks=1", "--nodelist=gpu-2"} <= set(command)
+    assert command[-3:] == ["sh", "-c", "cat > 'a b'; echo $HOME"]
+    assert "--input=none" not in command
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [("0", True), ("17", True), (None, False), ("", False), ("4294967290", False), ("4294967291", False)],
+)
+def test_a_batch_script_and_the_shell_of_salloc_are_no_steps(step: str | None, expected: bool) -> None:
+    assert in_step({} if step is None else {"SLURM_STEP_ID": step}) is expected
+
+
+def test_the_port_follows_from_the_job_and_is_none_that_linux_gives_away() -> None:
+    ports = {rendezvous_port({"SLURM_JOB_ID": str(job)}) for job in range(100_000, 130_000)}
+    assert (min(ports), max(ports), len(ports)) == (10_000, 29_999, 20_000)
+
+
+@pytest.mark.parametrize("job", [None, "", "12a"])
+def test_without_a_job_there_is_no_port(job: str | None) -> None:
+    with pytest.raises(UserError, match=r"SLURM_JOB_ID: given '.*'; must be the number of a job; start the run inside"):
+        rendezvous_port({} if job is None else {"SLURM_JOB_ID": job})
