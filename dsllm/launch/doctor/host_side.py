@@ -98,12 +98,14 @@ def cuda_version() -> str | None:
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         return None
-    found = re.search(r"^cuda\b[^=]*= *'([^']+)'", text(os.path.join(os.path.dirname(torch.origin), "version.py")), re.M)
+    found = re.search(
+        r"^cuda\b[^=]*= *'([^']+)'", text(os.path.join(os.path.dirname(torch.origin), "version.py")), re.M
+    )
     return found and found[1]
 
 
 def dsllm_folder(package_folder: str) -> str | None:
-    """Where a rank finds dsllm: as `train.py`, installed packages first, then the folder that `train.py` itself is in."""
+    """Where a rank finds dsllm: like `train.py`, among what is installed, and then where `train.py` itself is."""
     paths = [path for path in sys.path if path] + [os.path.dirname(package_folder)]
     found = importlib.machinery.PathFinder.find_spec("dsllm", paths)
     return os.path.dirname(found.origin) if found is not None and found.origin is not None else None
@@ -186,7 +188,7 @@ def ask_smi(what: str, fields: str) -> list[list[str]]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        universal_newlines=True,
+        text=True,
         timeout=SMI_SECONDS,
         check=True,
     )
