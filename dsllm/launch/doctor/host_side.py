@@ -214,6 +214,8 @@ def leave_token(folder: str, token: str) -> dict[str, Any]:
     takes it, and which folders were `made`, from the innermost."""
     folder = os.path.abspath(os.path.expanduser(folder))
     made = missing_folders(folder)
+    there = os.path.dirname(made[-1]) if made else folder
+    free_bytes = disk(there)[1]  # without what is written now
     error = None
     try:
         os.makedirs(folder, exist_ok=True)
@@ -223,11 +225,10 @@ def leave_token(folder: str, token: str) -> dict[str, Any]:
             os.fsync(file.fileno())
     except OSError as failure:
         error = str(failure.strerror)
-    there = next((path for path in (folder, *made[1:], "/") if os.path.isdir(path)), "/")
     pattern = os.path.join(glob.escape(folder), "checkpoints", "global_step*[0-9]", "manifest.json")
     return {
         "error": error,
-        "free_bytes": disk(there)[1],
+        "free_bytes": free_bytes,
         "file_system": file_system(there),
         "checkpoints": len(glob.glob(pattern)),
         "made": made,

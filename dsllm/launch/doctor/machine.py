@@ -52,7 +52,7 @@ def _cores(host: str, facts: Facts, wanted: Host) -> Finding:
         remedy = "mend the driver, or set DS_ACCELERATOR=cpu"
         return Finding(host, "GPUs", "failed", f"nvidia-smi: {facts.driver_error}", remedy)
     if facts.cores < wanted.slots:
-        return Finding(host, "GPUs", "failed", found, f"lower slots of {host} to {facts.cores} in the hostfile")
+        return Finding(host, "GPUs", "failed", found, f"lower its slots to {facts.cores} in the hostfile")
     return Finding(host, "GPUs", "passed", found)
 
 
@@ -70,7 +70,7 @@ def _gpus(host: str, facts: Facts, wanted: Host) -> list[Finding]:
         found = f"{_count(there, 'GPU')} for {_count(wanted.slots, 'slot')}"
         if wanted.chosen is not None:
             found = f"{_count(there, 'GPU')}, without numbers {listed(str(n) for n in wanted.chosen if n >= there)}"
-        remedy = f"lower slots of {host} to {there} in the hostfile" if there else "see whether its driver is installed"
+        remedy = f"lower its slots to {there} in the hostfile" if there else "see whether its driver is installed"
         return [Finding(host, "GPUs", "failed", found, remedy)]
     return [_shared_memory(host, facts, wanted), _processes(host, _used(facts, wanted))]
 
