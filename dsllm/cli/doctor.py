@@ -137,7 +137,7 @@ def print_report(report: Report) -> None:
     for outcome in ("failed", "warned"):
         for line in _lines([finding for finding in report.findings if finding.outcome == outcome]):
             typer.echo(line)
-    if report.rendezvous is not None and len(report.hosts) > 1:
+    if report.is_ready and report.rendezvous is not None and len(report.hosts) > 1:
         typer.echo(f"ranks meet at {report.rendezvous.address}, port {report.rendezvous.port}")
     if report.links is not None:
         typer.echo(summary(report.links))

@@ -16,6 +16,7 @@ from dsllm.launch.doctor.facts import Facts, FolderFacts, Links
 from dsllm.launch.doctor.finding import Check, Finding, failures, listed
 from dsllm.launch.doctor.machine import judge_clock, judge_machines, offset_outside
 from dsllm.launch.doctor.measure import measure_links
+from dsllm.launch.doctor.mesh import find_unreached
 from dsllm.launch.doctor.needs import Needs, predict
 from dsllm.launch.doctor.reach import unreachable
 from dsllm.launch.doctor.rendezvous import PREFERRED_PORT, Rendezvous, find_rendezvous
@@ -115,6 +116,8 @@ def examine(hosts: Hosts, wanted: Wanted, quick: bool = True) -> Report:
     if ward.names:
         rendezvous, of_port = find_rendezvous(hosts, ward.names, wanted.port)
         ward.findings += of_port
+        if rendezvous is not None and len(ward.names) > 1:
+            ward.findings += find_unreached(hosts, rendezvous.own_addresses)
     links = None if quick else _look_at_links(ward, rendezvous, on_cpu)
     order = {host.name: number for number, host in enumerate(wanted.hosts)}
     return Report(
