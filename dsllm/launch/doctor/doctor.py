@@ -78,7 +78,8 @@ class Report:
     @property
     def healthy(self) -> list[str]:
         """Hosts that nothing speaks against."""
-        return [host for host in self.hosts if host not in self.failed]
+        failed = self.failed
+        return [host for host in self.hosts if host not in failed]
 
     @property
     def is_ready(self) -> bool:
