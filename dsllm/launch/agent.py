@@ -233,7 +233,7 @@ def greet(listener: socket.socket, word: bytes) -> None:
 def connect(address: str, port: int, word: str, patience: float) -> dict[str, Any]:
     """Whether the port answers with `word`, and which interface of this host leads there.
 
-    `{"error": words}`, or `{"error": None, "interface": name, "address": own address on the way}`.
+    `{"error": words}`, or `{"error": None, "interface": name, "address": own address on the way, "peer": the other's}`.
     """
     try:
         with socket.create_connection((address, port), patience) as caller:
@@ -244,12 +244,28 @@ def connect(address: str, port: int, word: str, patience: float) -> dict[str, An
                 if not piece:
                     break
                 said += piece
-            own = caller.getsockname()[0]
+            own, peer = caller.getsockname()[0], caller.getpeername()[0]
     except OSError as error:
         return {"error": error.strerror or str(error)}
     if said != word.encode():
         return {"error": "something else listens there"}
-    return {"error": None, "interface": interface_of(own), "address": own}
+    return {"error": None, "interface": interface_of(own), "address": own, "peer": peer}
+
+
+def reach(targets: list[str], port: int, word: str, patience: float) -> dict[str, dict[str, Any]]:
+    """`connect` to the port at every one of these addresses and names at once, by target."""
+    found = {target: {"error": "timed out"} for target in targets}
+
+    def reach_one(target: str) -> None:
+        found[target] = connect(target, port, word, patience)
+
+    threads = [threading.Thread(target=reach_one, args=(target,), daemon=True) for target in targets]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 2 * patience  # of a resolver that hangs
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return dict(found)
 
 
 def addresses() -> list[list[str]]:
@@ -331,6 +347,7 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "listen": listen,
     "unlisten": unlisten,
     "connect": connect,
+    "reach": reach,
     "addresses": addresses,
     "run": run,
     "last_words": last_words,

@@ -1,0 +1,78 @@
+"""What a host is, as its agent found it (see `host_side.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    """A process that holds memory of a GPU."""
+
+    pid: int
+    name: str
+    user: str | None
+    """None where the process is not to be seen, as from within a container."""
+    used_bytes: int
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """One GPU as it is now, by the driver's number."""
+
+    index: int
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    processes: tuple[GpuProcess, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One host."""
+
+    host_name: str
+    """Its own idea of it."""
+    user: str
+    python: str
+    executable: str
+    versions: Mapping[str, str | None]
+    """Of installed packages by name, CUDA as torch was built for it and NCCL among them; None: not installed."""
+    dsllm_version: str | None
+    dsllm_hash: str | None
+    """Of the sources that ranks there would import; None where there are none."""
+    spec_hash: str | None
+    cores: int
+    memory_bytes: int
+    available_bytes: int
+    shared_memory_bytes: int
+    """Of /dev/shm; 0 where there is none."""
+    driver: str | None
+    driver_error: str | None
+    """What nvidia-smi said where it failed; None also where there is none."""
+    gpus: tuple[GpuFacts, ...] = field(default=())
+
+    @classmethod
+    def from_answer(cls, answer: Mapping[str, Any]) -> Facts:
+        """Of what the host's agent answered."""
+        gpus = tuple(
+            GpuFacts(**{**gpu, "processes": tuple(GpuProcess(**process) for process in gpu["processes"])})
+            for gpu in answer["gpus"]
+        )
+        return cls(**{**answer, "gpus": gpus})
+
+
+@dataclass(frozen=True)
+class FolderFacts:
+    """A folder as one host sees it."""
+
+    error: str | None
+    """Why nothing can be written there."""
+    free_bytes: int
+    file_system: str
+    checkpoints: int
+    """Complete ones in it."""
+    seen: tuple[str, ...] = ()
+    """Hosts whose file there it sees, its own among them."""
