@@ -46,23 +46,27 @@ class Start:
     without: tuple[str, ...] = ()
     """Beginnings of the names of variables that it must not have."""
     host: str | None = None
-    """Where its ranks are, if on one host."""
+    """Where its ranks are, if it starts those of one host of several."""
+    is_labelled: bool = False
+    """Whether it puts the host's name before each line of its ranks."""
 
     def as_typed(self) -> str:
         """As it would be typed into a shell."""
         return shlex.join([*(f"{name}={value}" for name, value in self.environment.items()), *self.command])
 
 
-def choose_launcher(given: str | None, topology: Topology, in_slurm: bool) -> Launcher:
-    """The launcher of that name, or the one that fits: none is needed for this machine alone; else Slurm's inside a
-    job of several nodes, pdsh where it is installed, or ssh.
+def choose_launcher(given: str | None, topology: Topology) -> Launcher:
+    """The launcher of that name, or the one that fits: DeepSpeed's own for this machine alone, Slurm's for the hosts of
+    a Slurm job, for those of a hostfile pdsh where it is installed, else ssh.
 
     Raises UserError where it is unknown, or cannot start what is asked for.
     """
     if given is None:
         if topology.is_local:
             return "local"
-        return "slurm" if in_slurm else "pdsh" if shutil.which("pdsh") else "ssh"
+        if topology.hostfile is None:
+            return "slurm"
+        return "pdsh" if shutil.which("pdsh") else "ssh"
     launcher = next((name for name in LAUNCHERS if name == given), None)
     if launcher is None:
         raise UserError(f"--launcher: given '{given}'; must be one of {', '.join(LAUNCHERS)}")
@@ -70,6 +74,8 @@ def choose_launcher(given: str | None, topology: Topology, in_slurm: bool) -> La
         raise UserError("--launcher: given local, which starts ranks on this machine alone; leave it out for others")
     if launcher in ("pdsh", "ssh") and topology.is_local:
         raise UserError(f"--launcher: given {launcher} for this machine alone; add --hostfile, which names other hosts")
+    if launcher == "slurm" and topology.hostfile is not None:
+        raise UserError("--launcher: given slurm with a hostfile; leave --hostfile out: the Slurm job has its hosts")
     if launcher == "pdsh" and not shutil.which("pdsh"):
         raise UserError("--launcher: given pdsh, which is not installed here; apt-get install pdsh, or --launcher ssh")
     if launcher == "openmpi" and not shutil.which("mpirun"):
@@ -157,7 +163,7 @@ def _pdsh(topology: Topology, meeting: Meeting, arguments: Sequence[str], folder
         "DS_ENV_FILE": "/dev/null",  # what stands in .deepspeed_env travels with the rest, and on no command line
     }
     line = [*command, str(TRAIN_SCRIPT), *map(_for_pdsh, arguments)]
-    return [Start(line, environment, without=DEEPSPEED_FORWARDS)]
+    return [Start(line, environment, without=DEEPSPEED_FORWARDS, is_labelled=True)]
 
 
 def _chosen_hosts(topology: Topology) -> list[str]:

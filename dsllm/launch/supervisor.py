@@ -45,7 +45,7 @@ class Watched(NamedTuple):
     """Hosts that could not be looked at."""
 
 
-def run_attempt(starts: Sequence[Start], hosts: Hosts, launch: str, logs: str, screen: Screen | None = None) -> Watched:
+def watch_ranks(starts: Sequence[Start], hosts: Hosts, launch: str, logs: str, screen: Screen | None = None) -> Watched:
     """Start ranks and wait for them, whatever happens to them.
 
     `launch` is in the environment or on the command line of everything that belongs to the attempt; `logs` is where
@@ -94,7 +94,7 @@ class _Attempt:
 
     def _start(self, start: Start) -> subprocess.Popen[str]:
         own = {name: value for name, value in os.environ.items() if not name.startswith(start.without or ("\0",))}
-        is_relayed = len(self._hosts.agents) > 1 or start.host is not None
+        is_relayed = start.host is not None or start.is_labelled
         try:
             process = subprocess.Popen(
                 start.command,

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsllm.launch.topology import is_this_machine
 from dsllm.launch.doctor.facts import Facts
 from dsllm.launch.doctor.finding import Finding, bad_hosts
 from dsllm.launch.doctor.rendezvous import PREFERRED_PORT, Rendezvous, find_rendezvous
 from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import Hosts, on_this_machine, over_ssh
+from dsllm.launch.topology import is_this_machine
 from dsllm.spec.sections import Spec
 
 
