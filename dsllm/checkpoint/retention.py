@@ -7,24 +7,24 @@ import shutil
 from pathlib import Path
 
 from dsllm.checkpoint.layout import complete_folders, remove, step_folders, step_of
+from dsllm.plan.cost import room_for_checkpoints
 from dsllm.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
 
 def foretell_room(checkpoints: Path, each_bytes: int, keep_last: int) -> None:
-    """Before the first step, warn where the disk will not hold what the spec keeps: one more than that at a time, since
-    an old checkpoint goes only after a new one is complete."""
+    """Before the first step, warn where the disk will not hold what the spec keeps."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     free_bytes = shutil.disk_usage(checkpoints).free
-    missing = max(0, keep_last + 1 - len(complete_folders(checkpoints)))
-    if free_bytes < missing * each_bytes:
+    missing, needed_bytes = room_for_checkpoints(len(complete_folders(checkpoints)), each_bytes, keep_last)
+    if free_bytes < needed_bytes:
         logger.warning(
             "%s: %s free, and the run comes to need %s for %d checkpoints of %s; make room, or lower "
             "checkpoint.keep_last",
             checkpoints,
             format_bytes(free_bytes),
-            format_bytes(missing * each_bytes),
+            format_bytes(needed_bytes),
             missing,
             format_bytes(each_bytes),
         )

@@ -22,6 +22,7 @@ from dsllm.data.preparation.workplace import (
 )
 from dsllm.data.shards import MANIFEST_FILE, Manifest, read_manifest
 from dsllm.launch.devices import num_cores
+from dsllm.spec.derived import data_directory
 from dsllm.spec.sections import Spec
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ Report = Callable[[Progress], None]
 
 def default_directory(spec: Spec) -> Path:
     """Where the spec's prepared data lives."""
-    return Path(spec.data.directory or f"data/{spec.name}").expanduser()
+    return Path(data_directory(spec)).expanduser()
 
 
 def prepare(

@@ -247,3 +247,10 @@ def checkpoint_bytes(run: Workload) -> int:
     """
     states = 8 if run.precision == "fp32" and run.zero.stage == 0 else 12
     return (run.element_bytes + states) * run.shape.allocated_parameters
+
+
+def room_for_checkpoints(complete: int, each_bytes: int, keep_last: int) -> tuple[int, int]:
+    """How many more checkpoints a run comes to keep beside those that are `complete`, and their bytes: one more than
+    `keep_last` at a time, since an old one goes only after a new one is complete."""
+    missing = max(0, keep_last + 1 - complete)
+    return missing, missing * each_bytes

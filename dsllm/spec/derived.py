@@ -7,7 +7,7 @@ from itertools import chain, count
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dsllm.spec.sections import Data, Model, Source, Tokenizer, Training
+    from dsllm.spec.sections import Data, Model, Source, Spec, Tokenizer, Training
 
 PRETRAINED_VOCAB_SIZES = {"gpt2": 50257}
 """Token counts of well-known pretrained tokenizers, so that predictions need no download."""
@@ -33,6 +33,11 @@ def train_steps(training: Training, tokens_per_step: int) -> int:
     if training.tokens is not None:
         limits.append(-(-training.tokens // tokens_per_step))
     return min(limits)
+
+
+def data_directory(spec: Spec) -> str:
+    """Where the spec's prepared data lives, as it is written: `~` is not expanded."""
+    return spec.data.directory or f"data/{spec.name}"
 
 
 def source_labels(data: Data) -> tuple[str, ...]:

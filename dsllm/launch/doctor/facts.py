@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,3 +76,36 @@ class FolderFacts:
     """Complete ones in it."""
     seen: tuple[str, ...] = ()
     """Hosts whose file there it sees, its own among them."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The link between two hosts; of the two directions the worse."""
+
+    first: str
+    second: str
+    latency_seconds: float
+    """One way, of a message of a few bytes."""
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Links:
+    """What was measured between the hosts, one rank on each."""
+
+    backend: str
+    all_reduce_latency_seconds: float
+    """Of a few bytes, the median."""
+    bus_bytes_per_second: float
+    """Of a large all-reduce: 2(n-1)/n x bytes / seconds, what each host has to send, as NCCL's tests have it."""
+    pairs: tuple[Pair, ...]
+    num_pairs: int
+    """That there are; more than were measured where the time did not suffice."""
+
+    @classmethod
+    def from_output(cls, output: Mapping[str, Any], hosts: Sequence[str]) -> Links:
+        """Of what rank 0 of `dsllm.engine.links` printed; `hosts` by rank."""
+        pairs = tuple(
+            Pair(hosts[first], hosts[second], latency, bandwidth) for first, second, latency, bandwidth in output["pairs"]
+        )
+        return cls(**{**output, "pairs": pairs})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -14,13 +15,13 @@ Check = Literal[
     "dsllm",
     "spec",
     "GPUs",
+    "processes",
     "memory",
     "host memory",
-    "processes",
-    "clock",
     "folder",
     "space",
     "data",
+    "clock",
     "port",
     "link",
 ]
@@ -39,7 +40,7 @@ class Finding:
     """What to do about it; empty where it passed."""
 
 
-def bad_hosts(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
+def failures(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
     """What failed, by host."""
     failed: dict[str, list[Finding]] = {}
     for finding in findings:
@@ -48,30 +49,15 @@ def bad_hosts(findings: Iterable[Finding]) -> dict[str, list[Finding]]:
     return failed
 
 
-def alike(
-    values: Mapping[str, str | None], check: Check, what: str, remedy: str, outcome: Outcome = "failed"
-) -> list[Finding]:
-    """A finding for each host whose value is not the usual one: that of most hosts, of the first among equals.
-
-    `remedy` may name `{usual}`, `{host}` and `{most}`, a host that has the usual one. None means that it is not there.
-    """
-    if not values:
-        return []
-    counts = {value: list(values.values()).count(value) for value in values.values()}
-    usual = max(counts, key=lambda value: counts[value])
-    most = next(host for host, value in values.items() if value == usual)
-    return [
-        Finding(
-            host,
-            check,
-            outcome,
-            f"{what} {_shown(value)}, {most} has {_shown(usual)}",
-            remedy.format(usual=_shown(usual), host=host, most=most),
-        )
-        for host, value in values.items()
-        if value != usual
-    ]
+def usual(values: Mapping[str, str | None]) -> tuple[str | None, str]:
+    """What most hosts have, the first host where two are as frequent, and one host that has it."""
+    counts = Counter(values.values())
+    value = max(counts, key=lambda value: counts[value])
+    return value, next(host for host, own in values.items() if own == value)
 
 
-def _shown(value: str | None) -> str:
-    return "none" if value is None else value
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """`a, b, c`, and a count of the rest of a long list."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

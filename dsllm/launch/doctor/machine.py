@@ -1,0 +1,148 @@
+"""Whether each host has what its ranks need: GPUs or cores, memory, a clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from dsllm.launch.doctor.facts import Facts, GpuFacts
+from dsllm.launch.doctor.finding import Finding, listed, usual
+from dsllm.launch.doctor.needs import Needs
+from dsllm.launch.hostfile import Host
+from dsllm.units import GIB, format_bytes
+
+SHARED_MEMORY_BYTES = GIB
+"""NCCL passes through /dev/shm what GPUs of one host cannot pass directly; Docker gives 64 MiB where --shm-size does
+not say otherwise, and NCCL's own guide asks for 1 GiB."""
+CLOCK_WARNED_SECONDS = 5.0
+CLOCK_FAILED_SECONDS = 30.0
+"""Last words, logs and the newest checkpoint are put in order by time; make and NFS compare times too. NTP keeps hosts
+within milliseconds, so seconds mean that it does not run, and half a minute turns the order of a failure around."""
+
+
+def judge_machines(
+    facts: Mapping[str, Facts], hosts: Mapping[str, Host], needs: Needs | None, on_cpu: bool
+) -> list[Finding]:
+    """All checks of cores, GPUs and memory."""
+    if on_cpu:
+        of_each = [_cores(host, facts[host], hosts[host]) for host in facts]
+    else:
+        of_each = [finding for host in facts for finding in _gpus(host, facts[host], hosts[host])]
+        of_each += _models(facts)
+    return [*of_each, *(finding for host in facts for finding in _memory(facts[host], hosts[host], needs, on_cpu))]
+
+
+def judge_clock(host: str, offset_seconds: float) -> Finding:
+    """`offset_seconds` is how far the host's clock is ahead of this machine's, beyond what the question took."""
+    if abs(offset_seconds) <= CLOCK_WARNED_SECONDS:
+        return Finding(host, "clock", "passed", f"{offset_seconds:+.0f} s" if round(offset_seconds) else "0 s")
+    found = f"its clock is {abs(offset_seconds):.0f} s {'ahead of' if offset_seconds > 0 else 'behind'} this machine's"
+    outcome = "failed" if abs(offset_seconds) > CLOCK_FAILED_SECONDS else "warned"
+    assert outcome in ("failed", "warned")
+    return Finding(host, "clock", outcome, found, "let NTP keep it there: timedatectl set-ntp true")
+
+
+def offset_outside(before: float, there: float, after: float) -> float:
+    """Of a clock that showed `there` between two moments of this machine's: what cannot be the way's."""
+    return min(0.0, there - before) + max(0.0, there - after)
+
+
+def _cores(host: str, facts: Facts, wanted: Host) -> Finding:
+    """On the CPU a rank needs a core."""
+    found = f"no GPU; {_count(facts.cores, 'core')} for {_count(wanted.slots, 'slot')}"
+    if facts.driver_error is not None:
+        remedy = "mend the driver, or set DS_ACCELERATOR=cpu"
+        return Finding(host, "GPUs", "failed", f"nvidia-smi: {facts.driver_error}", remedy)
+    if facts.cores < wanted.slots:
+        return Finding(host, "GPUs", "failed", found, f"lower slots of {host} to {facts.cores} in the hostfile")
+    return Finding(host, "GPUs", "passed", found)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _gpus(host: str, facts: Facts, wanted: Host) -> list[Finding]:
+    """As many as slots, without anybody else on them."""
+    if facts.driver_error is not None:
+        remedy = "reboot it or reinstall the driver, or leave it out: --exclude " + host
+        return [Finding(host, "GPUs", "failed", f"nvidia-smi: {facts.driver_error}", remedy)]
+    there = len(facts.gpus)
+    if any(number >= there for number in wanted.slot_ids):
+        found = f"{_count(there, 'GPU')} for {_count(wanted.slots, 'slot')}"
+        if wanted.chosen is not None:
+            found = f"{_count(there, 'GPU')}, without numbers {listed(str(n) for n in wanted.chosen if n >= there)}"
+        remedy = f"lower slots of {host} to {there} in the hostfile" if there else "see whether its driver is installed"
+        return [Finding(host, "GPUs", "failed", found, remedy)]
+    return [_shared_memory(host, facts, wanted), _processes(host, _used(facts, wanted))]
+
+
+def _used(facts: Facts, wanted: Host) -> list[GpuFacts]:
+    """The GPUs that ranks will have."""
+    return [gpu for gpu in facts.gpus if gpu.index in wanted.slot_ids]
+
+
+def _shared_memory(host: str, facts: Facts, wanted: Host) -> Finding:
+    found = f"{_count(len(facts.gpus), 'GPU')} for {_count(wanted.slots, 'slot')}"
+    if wanted.slots > 1 and facts.shared_memory_bytes < SHARED_MEMORY_BYTES:
+        found = f"/dev/shm has {format_bytes(facts.shared_memory_bytes)}, which NCCL may find too small"
+        return Finding(host, "GPUs", "warned", found, "start the container with --shm-size=8g or --ipc=host")
+    return Finding(host, "GPUs", "passed", found)
+
+
+def _processes(host: str, gpus: list[GpuFacts]) -> Finding:
+    """What else runs on them slows every rank of the run, and takes memory that no prediction knows of."""
+    foreign = [(gpu, process) for gpu in gpus for process in gpu.processes]
+    if not foreign:
+        return Finding(host, "processes", "passed", "none on its GPUs")
+    found = listed(
+        f"{process.name} (process {process.pid}{f' of {process.user}' if process.user else ''}) "
+        f"has {format_bytes(process.used_bytes)} of GPU {gpu.index}"
+        for gpu, process in foreign
+    )
+    pids = " ".join(dict.fromkeys(str(process.pid) for _, process in foreign))
+    return Finding(host, "processes", "failed", found, f"wait for it, or end it there: kill {pids}")
+
+
+def _models(facts: Mapping[str, Facts]) -> list[Finding]:
+    """The slowest GPU sets the pace, and the smallest decides what fits."""
+    models = {host: " and ".join(sorted({gpu.name for gpu in one.gpus})) for host, one in facts.items() if one.gpus}
+    if not models:
+        return []
+    value, most = usual(models)
+    remedy = "the slowest sets the pace: leave it out with --exclude, or accept that"
+    return [
+        Finding(host, "GPUs", "warned", f"{own}; {most} has {value}", remedy)
+        for host, own in models.items()
+        if own != value or " and " in own
+    ]
+
+
+def _memory(facts: Facts, wanted: Host, needs: Needs | None, on_cpu: bool) -> list[Finding]:
+    """Free memory against what the spec is predicted to take."""
+    host = wanted.name
+    if needs is None:
+        return [Finding(host, "memory", "skipped", "no spec is given to predict from")]
+    on_host = needs.host_bytes * wanted.slots
+    if on_cpu:
+        return [_host_memory(host, "memory", facts, on_host + needs.peak_bytes * wanted.slots)]
+    used = _used(facts, wanted)
+    of_gpus = [_gpu_memory(host, min(used, key=lambda gpu: gpu.free_bytes), needs)] if used else []
+    return [*of_gpus, *([_host_memory(host, "host memory", facts, on_host)] if on_host else [])]
+
+
+def _gpu_memory(host: str, gpu: GpuFacts, needs: Needs) -> Finding:
+    found = f"{format_bytes(gpu.free_bytes)} of {format_bytes(gpu.memory_bytes)} free on GPU {gpu.index}"
+    if gpu.free_bytes >= needs.peak_bytes:
+        return Finding(host, "memory", "passed", f"{found}, predicted {format_bytes(needs.peak_bytes)}")
+    remedy = "end what holds it" if gpu.memory_bytes >= needs.peak_bytes else needs.advice
+    found = f"{found}; the run is predicted to need {format_bytes(needs.peak_bytes)}"
+    return Finding(host, "memory", "failed", found, remedy)
+
+
+def _host_memory(host: str, check: str, facts: Facts, needed_bytes: int) -> Finding:
+    assert check in ("memory", "host memory")
+    found = f"{format_bytes(facts.available_bytes)} of the host's {format_bytes(facts.memory_bytes)} free"
+    if facts.available_bytes >= needed_bytes:
+        return Finding(host, check, "passed", f"{found}, predicted {format_bytes(needed_bytes)}")
+    found = f"{found}; its ranks are predicted to need {format_bytes(needed_bytes)}"
+    return Finding(host, check, "failed", found, "fewer slots there, a smaller model or batch, or less offloading")
