@@ -22,16 +22,17 @@ import os  # noqa: E402
 import time  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
+# Of the standard library alone, all of them: the environment file may say where the others are found.
 from dsllm.engine.time_limit import TimeLimit, slurm_job_end  # noqa: E402
 from dsllm.errors import DsllmError, OneRankError  # noqa: E402
-from dsllm.spec.load import load_spec  # noqa: E402
-from dsllm.spec.sections import Spec  # noqa: E402
+from dsllm.launch import environment  # noqa: E402
 from dsllm.units import parse_duration  # noqa: E402
 
 if TYPE_CHECKING:
     from dsllm.engine.activity import Activity
     from dsllm.engine.ranks import World
     from dsllm.engine.run_folder import RunFolder
+    from dsllm.spec.sections import Spec
 
 EXIT_SECONDS = 20.0
 """What the interpreter of a failed rank may take to end: libraries wait there for threads and for the other ranks."""
@@ -46,6 +47,10 @@ def main() -> int:
     arguments = _parse_arguments()
     rank, run_dir = int(os.environ.get("RANK", 0)), Path(arguments.run_dir or "runs")
     try:
+        if arguments.environment_file is not None:
+            environment.adopt(arguments.environment_file)
+        from dsllm.spec.load import load_spec
+
         spec = load_spec(arguments.spec, arguments.set)
         run_dir = Path(arguments.run_dir or f"runs/{spec.name}")
         if arguments.check:
@@ -247,6 +252,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--stop-after", metavar="TIME", help="save and end after so long, as 90s, 45m, 3h50m or 1d2h")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a field")
     parser.add_argument("--check", action="store_true", help="make the checks before the first step, and stop")
+    parser.add_argument(
+        "--environment-file", metavar="FILE", help="variables to start with, as dsllm launch writes them; yours alone"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     return parser.parse_args()
 

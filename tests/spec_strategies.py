@@ -87,6 +87,7 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         },
         "optimizer": {"learning_rate": draw(positive), "betas": [draw(st.floats(0, 0.999)), 0.95]},
         "zero": zero,
+        "launch": {"environment": draw(st.lists(st.from_regex(r"[A-Za-z_*?][A-Za-z0-9_*?]{0,9}", fullmatch=True)))},
         "logging": draw(st.sampled_from([{}, {"wandb": None}, {"wandb": {"mode": "offline"}}])),
     }
 

@@ -16,7 +16,6 @@ import pytest
 
 from dsllm.data.shards import MANIFEST_FILE, file_sha256
 from dsllm.engine.links import rounds
-from dsllm.launch.command import TRAIN_SCRIPT
 from dsllm.launch.doctor import host_side
 from dsllm.launch.doctor.doctor import Report, Wanted, examine
 from dsllm.launch.doctor.facts import Facts, FolderFacts, GpuFacts, GpuProcess, Links, Pair
@@ -31,6 +30,7 @@ from dsllm.launch.doctor.software import PACKAGES, judge_software
 from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_unprepared
 from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import HostError, Hosts, on_this_machine
+from dsllm.launch.launchers import TRAIN_SCRIPT
 from dsllm.spec.load import load_spec
 from dsllm.units import GIB
 

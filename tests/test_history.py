@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsllm.engine.history import History, append_event, num_roll_backs, read_history, skipped_batches
+from dsllm.launch.history import History, append_event, num_roll_backs, read_history, skipped_batches
 
 ROOT = Path(__file__).parents[1]
 
 APPENDS = """
 import sys
 from pathlib import Path
-from dsllm.engine.history import append_event
+from dsllm.launch.history import append_event
 for number in range(200):
     append_event(Path(sys.argv[1]), {"event": sys.argv[2], "step": number, "filling": "x" * 500})
 """

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from dsllm.engine import judge as module
-from dsllm.engine.history import append_event, read_history
 from dsllm.engine.judge import Judge, Past, read_past
 from dsllm.engine.metrics import jsonl_sink
 from dsllm.engine.nonfinite import Fault
 from dsllm.engine.ranks import World
 from dsllm.engine.run_folder import RunFolder
 from dsllm.errors import TrainingError
+from dsllm.launch.history import append_event, read_history
 from dsllm.plan.batch import BatchPlan, resolve_batch
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Guards

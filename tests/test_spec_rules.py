@@ -149,6 +149,14 @@ def path(tmp_path: Path) -> str:
             ["zero.gather_bucket_elements=1001"],
             "zero.gather_bucket_elements: given 1001; DeepSpeed wants an even number; use 1002",
         ),
+        (
+            ["launch.environment=[MY_KEY=s3cret]"],
+            "launch.environment.0: given MY_KEY=…; names only, never values: a spec is kept with its run; set the",
+        ),
+        (
+            ["launch.environment=[AWS_*, 'MY KEY']"],
+            "launch.environment.1: given 'MY KEY'; a variable's name, or a pattern with * and ? such as AWS_*; must",
+        ),
     ],
 )
 def test_a_broken_rule_names_what_was_given_the_rule_and_the_remedy(
@@ -174,6 +182,7 @@ def test_a_broken_rule_names_what_was_given_the_rule_and_the_remedy(
         ["zero.stage=3", "zero.offload_optimizer=nvme", "zero.offload_param=cpu", "zero.nvme_path=/nvme"],
         ["zero.stage=3", "zero.offload_param=cpu"],
         ["zero.stage=0", "zero.overlap_comm=false"],
+        ["launch.environment=[MY_KEY, 'AWS_*', '?_PROXY', '*']"],
         ["zero.stage=1", "zero.reduce_bucket_elements=1000", "training.gradient_accumulation_precision=bf16"],
         ["zero.stage=3", "zero.gather_bucket_elements=1001", "zero.max_live_elements=1", "zero.overlap_comm=true"],
     ],

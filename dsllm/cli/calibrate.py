@@ -73,7 +73,7 @@ def _measured() -> DeviceConstants:
     from importlib.util import find_spec
 
     from dsllm.errors import DsllmError, UserError
-    from dsllm.launch.command import count_gpus
+    from dsllm.launch.topology import count_gpus
     from dsllm.plan.calibration import DeviceConstants
 
     if find_spec("deepspeed") is None:

@@ -22,7 +22,9 @@ def check(
         Optional[int],  # noqa: UP045 - evaluated at run time, also by Python 3.10
         typer.Option("--num-gpus", min=1, help="Ranks; every GPU of this machine when absent, 2 where there is none."),
     ] = None,
-    master_port: Annotated[int, typer.Option("--master-port", min=1, max=65535, help="Port of rank 0.")] = 29500,
+    master_port: Annotated[
+        int, typer.Option("--master-port", min=1, max=65535, help="Port of rank 0; another one where it is in use.")
+    ] = 29500,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -31,21 +33,29 @@ def check(
     A fresh run does the same before its first step. No data is read and nothing is kept; the model is made as for the
     run, and takes as much memory.
     """
-    from dsllm.cli.launch import check_batch, topology_of
-    from dsllm.launch.command import launch_command, launch_environment, train_arguments
-    from dsllm.launch.supervisor import run_launcher
+    from dsllm.cli.launch import topology_of
+    from dsllm.launch.attempt import Plan, attempt
+    from dsllm.launch.supervisor import Screen
+    from dsllm.plan.batch import check_batch
     from dsllm.spec.load import load_spec
 
-    topology = topology_of(None, None, num_gpus)
-    check_batch(load_spec(spec, overrides or ()), topology.world_size)
+    topology, loaded = topology_of(num_gpus=num_gpus, launcher="local"), load_spec(spec, overrides or ())
+    check_batch(loaded.batch, topology.world_size)
     with tempfile.TemporaryDirectory() as run_dir:
-        arguments = [*train_arguments(spec, run_dir, "auto", overrides or ()), "--check"]
-        command = launch_command(topology, master_port, arguments)
-        status = run_launcher(command, launch_environment(topology), stdout=sys.stderr)
+        plan = Plan(
+            spec_name=spec,
+            spec=loaded,
+            run_dir=Path(run_dir),
+            given_run_dir=run_dir,
+            overrides=tuple(overrides or ()),
+            port=master_port,
+            extra_arguments=("--check",),
+        )
+        outcome = attempt(plan, topology, "auto", announce=lambda line: None, screen=Screen(out=sys.stderr))
         results = Path(run_dir) / "checks.json"
         if results.is_file():
             _show(json.loads(results.read_text()), as_json)
-    raise typer.Exit(status)
+    raise typer.Exit(outcome.ending.exit_status)
 
 
 def _show(results: dict[str, Any], as_json: bool) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping, Sequence
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -12,8 +11,9 @@ import typer
 from dsllm.cli.options import Overrides
 
 if TYPE_CHECKING:
-    from dsllm.launch.command import Topology
-    from dsllm.spec.sections import Spec
+    from dsllm.launch.attempt import Plan
+    from dsllm.launch.ending import Ending
+    from dsllm.launch.topology import Topology
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -34,11 +34,27 @@ def launch(
     ] = None,
     num_nodes: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--num-nodes", min=1, help="Use only the first hosts of the hostfile."),
+        typer.Option("--num-nodes", min=1, help="Use only the first hosts."),
     ] = None,
     hostfile: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--hostfile", metavar="FILE", help="Hosts and their slots; this machine alone when absent."),
+    ] = None,
+    include: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--include", metavar="HOSTS", help="Only these hosts, or slots: worker-1@worker-2:0,2."),
+    ] = None,
+    exclude: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--exclude", metavar="HOSTS", help="All but these hosts, or slots."),
+    ] = None,
+    launcher: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--launcher",
+            metavar="NAME",
+            help="local, pdsh, ssh, slurm, openmpi or torchrun; the one that fits when absent.",
+        ),
     ] = None,
     run_dir: Annotated[
         Optional[str],  # noqa: UP045
@@ -51,52 +67,117 @@ def launch(
         Optional[str],  # noqa: UP045
         typer.Option("--stop-after", metavar="TIME", help="Save and end after so long: 90s, 45m, 3h50m, 1d2h."),
     ] = None,
-    master_port: Annotated[int, typer.Option("--master-port", min=1, max=65535, help="Port of rank 0.")] = 29500,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
+    max_restarts: Annotated[
+        int, typer.Option("--max-restarts", min=0, help="Start again so often, where that can help.")
+    ] = 0,
+    min_hosts: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--min-hosts", min=1, help="Start with so few hosts where others are not ready; all when absent."),
+    ] = None,
+    doctor: Annotated[bool, typer.Option(help="Check the hosts first, as dsllm doctor --quick does.")] = True,
+    master_port: Annotated[
+        int, typer.Option("--master-port", min=1, max=65535, help="Port of rank 0; another one where it is in use.")
+    ] = 29500,
+    write_sbatch: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--write-sbatch", metavar="FILE", help="Write a Slurm job script that runs this, and stop."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run on each host, and stop.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Check a run, print the deepspeed command that starts it, and start it."""
-    from dsllm.launch.command import launch_command, launch_environment, train_arguments
-    from dsllm.launch.supervisor import run_launcher
+    """Check the hosts and the run, print the command that starts it, start it and watch over it."""
+    from dsllm.launch.attempt import Plan
+    from dsllm.launch.launchers import choose_launcher
+    from dsllm.launch.restarts import Patience, carry_through
+    from dsllm.plan.batch import check_batch
     from dsllm.spec.load import load_spec
     from dsllm.units import parse_duration
 
     spec = _one_spec(spec, spec_option)
     loaded = load_spec(spec, overrides or ())
     _check_resume(resume)
-    if stop_after is not None:
-        parse_duration(stop_after, "--stop-after")
-    topology = topology_of(hostfile, num_nodes, num_gpus)
-    check_batch(loaded, topology.world_size)
-    arguments = train_arguments(spec, run_dir, resume, overrides or (), stop_after)
-    command = launch_command(topology, master_port, arguments)
-    environment = launch_environment(topology)
-    typer.echo(_as_typed(command, environment))
-    if not dry_run:
-        raise typer.Exit(run_launcher(command, environment))
+    stop_after_seconds = None if stop_after is None else parse_duration(stop_after, "--stop-after")
+    topology = topology_of(hostfile, num_nodes, num_gpus, include, exclude, launcher)
+    _check_min_hosts(min_hosts, topology)
+    check_batch(loaded.batch, topology.world_size)
+    plan = Plan(
+        spec_name=spec,
+        spec=loaded,
+        run_dir=Path(run_dir or f"runs/{loaded.name}"),
+        given_run_dir=run_dir,
+        overrides=tuple(overrides or ()),
+        launcher=choose_launcher(launcher, topology),
+        port=master_port,
+        asks_doctor=doctor,
+    )
+    if dry_run:
+        _show_dry_run(plan, topology, resume, stop_after)
+        return
+    patience = Patience(max_restarts, min_hosts)
+    ending = carry_through(plan, topology, resume, stop_after_seconds, patience, say=_say)
+    _conclude(ending)
 
 
-def topology_of(hostfile: str | None, num_nodes: int | None, num_gpus: int | None) -> Topology:
+def topology_of(
+    hostfile: str | None = None,
+    num_nodes: int | None = None,
+    num_gpus: int | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    launcher: str | None = None,
+) -> Topology:
     """Where the ranks run. Raises UserError where hosts, slots or GPUs are fewer than asked for."""
     from dsllm.errors import UserError
-    from dsllm.launch.command import count_gpus, hostfile_topology, local_topology
-    from dsllm.launch.hostfile import read_hostfile
+    from dsllm.launch.slurm import is_job_of_several_nodes
+    from dsllm.launch.topology import count_gpus, hostfile_topology, hosts_topology, local_topology
 
     if hostfile is not None:
-        return hostfile_topology(hostfile, read_hostfile(hostfile), num_nodes, num_gpus, gpus=count_gpus())
-    if num_nodes not in (None, 1):
-        raise UserError(f"--num-nodes: given {num_nodes} without a hostfile; add --hostfile, which names the hosts")
+        return hostfile_topology(hostfile, num_nodes, num_gpus, include, exclude, gpus=count_gpus())
+    if launcher == "slurm" or (launcher is None and is_job_of_several_nodes(os.environ)):
+        from dsllm.launch.allocation import slurm_hosts
+
+        return hosts_topology("the Slurm job", slurm_hosts(os.environ), num_nodes, num_gpus, include, exclude)
+    for option, given in (("--num-nodes", num_nodes), ("--include", include), ("--exclude", exclude)):
+        if given not in (None, 1):
+            raise UserError(f"{option}: given {given} without a hostfile; add --hostfile, which names the hosts")
     return local_topology(num_gpus, count_gpus())
 
 
-def check_batch(spec: Spec, world_size: int) -> None:
-    """Raises UserError where the spec's batch leaves a remainder on so many ranks."""
-    from dsllm.plan.batch import micro_batch_choices, resolve_batch
+def _show_dry_run(plan: Plan, topology: Topology, resume: str, stop_after: str | None) -> None:
+    """What would run, as far as it is known before the hosts are asked."""
+    from dsllm.launch.attempt import forwarded, needs_file
+    from dsllm.launch.launchers import Meeting, starts, train_arguments
 
-    if spec.batch.micro_batch_size == "auto":
-        micro_batch_choices(spec.batch.global_batch_size, world_size)
-    else:
-        resolve_batch(spec.batch, world_size)
+    has_file = needs_file(plan.launcher, topology)
+    file = "/tmp/dsllm-LAUNCH/environment" if has_file else None
+    arguments = train_arguments(plan.spec_name, plan.given_run_dir, resume, plan.overrides, stop_after, file)
+    meeting = Meeting("127.0.0.1" if topology.is_local else topology.names[0], plan.port)
+    for start in starts(plan.launcher, topology, meeting, arguments, Path.cwd()):
+        typer.echo(start.as_typed())
+    if topology.is_local:
+        return
+    per_host = topology.ranks_per_host
+    lines = [f"{name}: ranks {n * per_host} to {(n + 1) * per_host - 1}" for n, name in enumerate(topology.names)]
+    typer.echo("\n".join(lines))
+    names = ", ".join(sorted(forwarded(plan.spec))) or "nothing"
+    typer.echo(f"told to every host{', in a private file' if has_file else ''}: {names}")
+    typer.echo("address and port are settled, and GPUs looked for, when the hosts are asked")
+
+
+def _conclude(ending: Ending) -> None:
+    """The exit status; and what ended the run, unless rank 0 has said it on screen."""
+    from dsllm.errors import DsllmError
+
+    if ending.is_good:
+        return
+    if ending.rank == 0 or ending.cause == "user_error":
+        raise typer.Exit(ending.exit_status)
+    where = f" on {ending.host}" if ending.host else ""
+    raise DsllmError(f"ended by {ending.cause}{where}: {ending.message}; the same command goes on from there")
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _one_spec(argument: str | None, option: str | None) -> str:
@@ -117,6 +198,10 @@ def _check_resume(resume: str) -> None:
         )
 
 
-def _as_typed(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The command as it would be typed into a shell."""
-    return shlex.join([*(f"{name}={value}" for name, value in environment.items()), *command])
+def _check_min_hosts(min_hosts: int | None, topology: Topology) -> None:
+    from dsllm.errors import UserError
+
+    if min_hosts is not None and min_hosts > topology.num_hosts:
+        raise UserError(
+            f"--min-hosts: given {min_hosts}; the launch has {topology.num_hosts}; must be as many or fewer"
+        )

@@ -15,12 +15,12 @@ from typing import Any
 from dsllm.data.batches import batch_of, samples_of, share_of
 from dsllm.engine import ranks
 from dsllm.engine.first_loss import check_first_loss, untrained_loss
-from dsllm.engine.history import History, num_roll_backs, read_history, skipped_batches
 from dsllm.engine.metrics import recent_losses
 from dsllm.engine.nonfinite import Fault
 from dsllm.engine.run_folder import RunFolder
 from dsllm.engine.spikes import Spike, SpikeDetector
 from dsllm.errors import TrainingError
+from dsllm.launch.history import History, num_roll_backs, read_history, skipped_batches
 from dsllm.plan.batch import BatchPlan
 from dsllm.plan.model_shape import model_shape
 from dsllm.spec.sections import Guards, Spec

@@ -45,7 +45,7 @@ def local_gpus() -> list[LocalGpu]:
     """Those that a run may use, in the order of CUDA_VISIBLE_DEVICES; none where no driver answers."""
     if shutil.which(QUERY[0]) is None:
         return []
-    from dsllm.launch.command import selected_devices  # not needed where there is no driver, and not free
+    from dsllm.launch.topology import selected_devices  # not needed where there is no driver, and not free
 
     selected = selected_devices()
     if selected == ():

@@ -79,3 +79,8 @@ def rendezvous_port(environment: Mapping[str, str]) -> int:
     if not job.isdecimal():
         raise UserError(f"SLURM_JOB_ID: given '{job}'; must be the number of a job; start the run inside a Slurm job")
     return _FIRST_PORT + int(job) % _NUM_PORTS
+
+
+def is_job_of_several_nodes(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the batch script or the shell of such a job: a run on this node alone is not meant."""
+    return not in_step(environment) and environment.get("SLURM_JOB_NUM_NODES", "1") not in ("", "1")

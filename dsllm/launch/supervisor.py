@@ -1,60 +1,211 @@
-"""Runs DeepSpeed's launcher, and hands the signals that a run answers to the ranks themselves."""
+"""Starts the ranks of one attempt, watches them to their end, and leaves none of them behind on any host."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
-from typing import IO
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any, NamedTuple
 
 from dsllm.errors import UserError
+from dsllm.launch.ending import Signs
+from dsllm.launch.hosts import HostError, Hosts
+from dsllm.launch.launchers import Start
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
+POLL_SECONDS = 0.1
+ENDING_SECONDS = 35.0
+"""From the first sign of an end to the last rank's own: a watchdog needs 15 s to miss a rank, and 5 more to tell."""
+SWEEP_SECONDS = 20.0
+PDSH_TELLS = re.compile(r"pdsh@[^:]+: (?P<host>[^:]+): ssh exited with exit code (?P<status>\d+)")
+LABEL = re.compile(r"(?P<host>[^:\s]+): (?P<line>.*)")
 
 
-def run_launcher(command: Sequence[str], environment: Mapping[str, str], stdout: IO[str] | None = None) -> int:
-    """Run `command` with additions to the environment until it ends. Returns its exit status as a shell would.
+class Screen(NamedTuple):
+    """Where what the ranks print goes; None for this process's own streams."""
 
-    What launcher and ranks print goes to `stdout`, to this process's own when absent.
+    out: IO[str] | None = None
+    err: IO[str] | None = None
 
-    A Ctrl-C, SIGTERM, SIGHUP or SIGUSR2 goes to the ranks, which finish their step, save and end with 0; at SIGUSR1
-    they save and go on. DeepSpeed's launcher would die of it and leave them behind, or kill them after 30 seconds; in a
-    session of its own it never sees it. On several hosts the ranks are not below it: there it gets the signal, and
-    gives them those 30 seconds.
+
+class Watched(NamedTuple):
+    """An attempt that is over."""
+
+    signs: Signs
+    left_behind: dict[str, list[str]]
+    """Command lines that had to be ended by force, by host."""
+    not_swept: list[HostError]
+    """Hosts that could not be looked at."""
+
+
+def watch_ranks(starts: Sequence[Start], hosts: Hosts, launch: str, logs: str, screen: Screen | None = None) -> Watched:
+    """Start ranks and wait for them, whatever happens to them.
+
+    `launch` is in the environment or on the command line of everything that belongs to the attempt; `logs` is where
+    ranks write their last words.
+
+    A Ctrl-C, SIGTERM, SIGHUP or SIGUSR2 goes to the ranks, on every host, which finish their step, save and end with 0;
+    at SIGUSR1 they save and go on. DeepSpeed's launcher would die of it and leave them behind, or kill them after 30
+    seconds; in a session of its own it never sees it. Where no rank runs yet, a signal to stop ends the attempt.
+
+    Raises UserError where the launcher is not installed.
     """
-    launchers: list[subprocess.Popen[bytes]] = []
-    early: list[signal.Signals] = []
+    return _Attempt(hosts, launch, logs, screen).run(starts)
 
-    def hand_on(number: int, frame: object) -> None:
-        if launchers:
-            _hand_on(launchers[0], signal.Signals(number))
-        else:  # perhaps it runs already, and Popen has not returned
-            early.append(signal.Signals(number))
 
-    # In place before the launcher starts: a signal that ends dsllm alone would leave the ranks running.
-    handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
-    before = {number: signal.signal(number, hand_on) for number in handled}
-    try:
-        launchers.append(
-            subprocess.Popen(
-                command,
-                env={**os.environ, **environment},
-                stdout=stdout,
+class _Attempt:
+    def __init__(self, hosts: Hosts, launch: str, logs: str, screen: Screen | None) -> None:
+        self._hosts = hosts
+        self._launch = launch
+        self._logs = logs
+        self._screen = screen or Screen()
+        self._received: list[signal.Signals] = []
+        self._exits: dict[str, int] = {}
+        self._relays: list[threading.Thread] = []
+        self._asked_by: str | None = None
+        self._ends_now = False
+
+    def run(self, starts: Sequence[Start]) -> Watched:
+        processes: list[subprocess.Popen[str]] = []
+        # In place before the launcher starts: a signal that ends dsllm alone would leave the ranks running.
+        with self._signals():
+            try:
+                for start in starts:
+                    processes.append(self._start(start))
+                self._wait(processes)
+            finally:
+                lost = self._hosts.lost()  # before the sweep: a host may be lost by it
+                words = self._last_words()
+                left_behind, not_swept = self._sweep()
+                _end(processes)
+        for relay in self._relays:
+            relay.join(POLL_SECONDS)
+        statuses = [process.returncode for process in processes]
+        exits = {start.host: status for start, status in zip(starts, statuses, strict=True) if start.host is not None}
+        signs = Signs(statuses, {**exits, **self._exits}, lost, words, self._asked_by)
+        return Watched(signs, left_behind, not_swept)
+
+    def _start(self, start: Start) -> subprocess.Popen[str]:
+        own = {name: value for name, value in os.environ.items() if not name.startswith(start.without or ("\0",))}
+        is_relayed = start.host is not None or start.is_labelled
+        try:
+            process = subprocess.Popen(
+                start.command,
+                env={**own, **start.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if is_relayed else self._screen.out,
+                stderr=subprocess.PIPE if is_relayed else self._screen.err,
+                text=True,
+                errors="replace",
                 start_new_session=True,
                 preexec_fn=_hold_user_signals_back,
             )
-        )
-        for number in early:
-            _hand_on(launchers[0], number)
-        status = launchers[0].wait()
-    except FileNotFoundError:
-        raise UserError("deepspeed: not installed; pip install 'dsllm[train]'") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+        except FileNotFoundError:
+            raise UserError(
+                f"{start.command[0]}: not installed; pip install 'dsllm[train]' brings DeepSpeed's launcher"
+            ) from None
+        if is_relayed:
+            self._relay(process, start.host)
+        return process
+
+    def _wait(self, processes: Sequence[subprocess.Popen[str]]) -> None:
+        """Until all have ended, or some time after the first sign that they will not end well."""
+        deadline = None
+        while running := [process for process in processes if process.poll() is None]:
+            self._hand_signals_on()
+            if deadline is None and (
+                any(process.returncode for process in processes) or any(self._exits.values()) or self._hosts.lost()
+            ):
+                deadline = time.monotonic() + ENDING_SECONDS
+            if self._ends_now or (deadline is not None and time.monotonic() > deadline):
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running[0].wait(POLL_SECONDS)
+
+    def _hand_signals_on(self) -> None:
+        """To every rank. A terminal that is closed asks for the same end as SIGTERM."""
+        while self._received:
+            received = self._received.pop(0)
+            number = signal.SIGTERM if received == signal.SIGHUP else received
+            answers = self._hosts.ask_all("send_signal", launch=self._launch, number=int(number))
+            has_ranks = any(answer for answer in answers.values() if not isinstance(answer, HostError))
+            if received in STOP_SIGNALS:
+                self._asked_by = self._asked_by or received.name
+                self._ends_now = not has_ranks
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Within, signals are received, and handed on by the main loop."""
+
+        def receive(number: int, frame: object) -> None:
+            self._received.append(signal.Signals(number))
+
+        handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+        before = {number: signal.signal(number, receive) for number in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _relay(self, process: subprocess.Popen[str], host: str | None) -> None:
+        """What comes from several hosts: lines of the first one as they are, of others under their name."""
+        for stream, screen in (
+            (process.stdout, self._screen.out or sys.stdout),
+            (process.stderr, self._screen.err or sys.stderr),
+        ):
+            assert stream is not None
+            thread = threading.Thread(target=self._copy, args=(stream, screen, host), daemon=True)
+            thread.start()
+            self._relays.append(thread)
+
+    def _copy(self, stream: IO[str], screen: IO[str], host: str | None) -> None:
+        """A thread's work: to the end of the stream."""
+        for line in stream:
+            told = PDSH_TELLS.match(line)
+            if told is not None:
+                self._exits[told["host"]] = int(told["status"])
+                continue
+            with contextlib.suppress(OSError, ValueError):  # a screen that is gone is no fault of the run
+                screen.write(self._labelled(line, host))
+                screen.flush()
+
+    def _labelled(self, line: str, host: str | None) -> str:
+        first = next(iter(self._hosts.agents))
+        if host is not None:
+            return line if host == first else f"{host}: {line}"
+        match = LABEL.match(line)
+        return match["line"] + "\n" if match and match["host"] == first else line
+
+    def _last_words(self) -> list[Mapping[str, Any]]:
+        answers = self._hosts.ask_all("last_words", launch=self._launch, logs=self._logs)
+        words: dict[int, Mapping[str, Any]] = {}
+        for answer in answers.values():
+            if not isinstance(answer, HostError):
+                words.update({word["rank"]: word for word in answer})
+        return sorted(words.values(), key=lambda word: (not word["is_own"], word["time"]))
+
+    def _sweep(self) -> tuple[dict[str, list[str]], list[HostError]]:
+        answers = self._hosts.ask_all("sweep", SWEEP_SECONDS, launch=self._launch)
+        failed = [answer for answer in answers.values() if isinstance(answer, HostError)]
+        left = {name: answer for name, answer in answers.items() if answer and not isinstance(answer, HostError)}
+        return left, failed
+
+
+def _end(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Commands of this machine that are still there, with what they have started."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _hold_user_signals_back() -> None:
@@ -67,34 +218,3 @@ def _hold_user_signals_back() -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
-
-
-def _hand_on(launcher: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """To every rank on this host; to the launcher where it has none here, as on the way to other hosts.
-
-    A terminal that is closed asks for the same end as SIGTERM.
-    """
-    if number == signal.SIGHUP:
-        number = signal.SIGTERM
-    ranks = _ranks_below(launcher.pid)
-    for rank in ranks:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(rank, number)
-    if not ranks:
-        launcher.send_signal(number)
-
-
-def _ranks_below(launcher: int) -> list[int]:
-    """Processes that DeepSpeed has given a rank, without what those have started themselves."""
-    import psutil  # comes with DeepSpeed
-
-    try:
-        children = psutil.Process(launcher).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-    ranks = []
-    for child in children:
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if "RANK" in child.environ() and child.ppid() not in ranks:
-                ranks.append(child.pid)
-    return ranks

@@ -49,6 +49,14 @@ def resolve_batch(batch: Batch, world_size: int, micro_batch_size: int | None = 
     )
 
 
+def check_batch(batch: Batch, world_size: int) -> None:
+    """Raises UserError where the batch leaves a remainder on so many ranks."""
+    if batch.micro_batch_size == "auto":
+        micro_batch_choices(batch.global_batch_size, world_size)
+    else:
+        resolve_batch(batch, world_size)
+
+
 def micro_batch_choices(global_batch_size: int, world_size: int) -> list[int]:
     """Every micro-batch size that divides the batch of a rank, in ascending order.
 

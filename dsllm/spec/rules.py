@@ -7,13 +7,14 @@ ignore, is refused here; the DeepSpeed sources named below are those of 0.19.8.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsllm.spec.derived import PRETRAINED_VOCAB_SIZES, source_labels, tokenizer_vocab_size, train_steps, vocab_size
 
 if TYPE_CHECKING:
-    from dsllm.spec.sections import Batch, Data, Model, Schedule, Section, Tokenizer, Training, Zero
+    from dsllm.spec.sections import Batch, Data, Launch, Model, Schedule, Section, Tokenizer, Training, Zero
 
 Rule = Callable[..., Iterator[str]]
 
@@ -315,6 +316,28 @@ def gather_bucket_is_even(zero: Zero) -> Iterator[str]:
     elements = zero.gather_bucket_elements
     if zero.stage in (1, 2) and elements is not None and elements % 2:
         yield f"zero.gather_bucket_elements: given {elements}; DeepSpeed wants an even number; use {elements + 1}"
+
+
+# --- the launch -------------------------------------------------------------------------------------------------------
+
+
+@rule
+def environment_holds_names(launch: Launch) -> Iterator[str]:
+    for index, entry in enumerate(launch.environment):
+        name, separator, _ = entry.partition("=")
+        if separator:  # what follows it may be a key, and is not repeated
+            yield (
+                f"launch.environment.{index}: given {name}=…; names only, never values: a spec is kept with its run; "
+                f"set the variable where you start the run, and give {name or 'its name'}"
+            )
+        elif not _VARIABLES.fullmatch(entry):
+            yield (
+                f"launch.environment.{index}: given '{entry}'; a variable's name, or a pattern with * and ? such as "
+                f"AWS_*; must hold only letters, digits, _, * and ?, and not begin with a digit"
+            )
+
+
+_VARIABLES = re.compile(r"[A-Za-z_*?][A-Za-z0-9_*?]*")
 
 
 # --- numbers for the remedies -----------------------------------------------------------------------------------------

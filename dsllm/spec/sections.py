@@ -382,6 +382,14 @@ class Logging(Section):
     """Whether TensorBoard files are written under `logs/tensorboard`."""
 
 
+class Launch(Section):
+    """How ranks are started; nothing here changes what they compute."""
+
+    environment: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Variables that go along to every host, by name or by a pattern such as `AWS_*`, never with their values. Those of
+    WANDB_*, HF_*, NCCL_*, DSLLM_*, GLOO_*, TORCH_*, OMP_*, PYTHON*, MV2*, UCX* and MLFLOW* go along unasked."""
+
+
 class Spec(Section):
     """One training run."""
 
@@ -413,6 +421,8 @@ class Spec(Section):
     """Validation."""
     logging: Logging = Logging()
     """Dashboards."""
+    launch: Launch = Launch()
+    """Starting."""
 
     @model_validator(mode="after")
     def _keep_the_rules(self) -> Spec:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dsllm.engine.history import read_history
+from dsllm.launch.history import read_history
 from tests.distributed.guarded_runs import ACCUMULATION, FAULTS, SAVED_STEP, SPIKE_STEP, TRAIN_STEPS
 from tests.distributed.harness import run_python_ranks
 from tests.distributed.test_resume import arguments, records

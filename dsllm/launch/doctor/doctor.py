@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsllm.launch.command import TRAIN_SCRIPT, is_this_machine
 from dsllm.launch.doctor.facts import Facts, FolderFacts, Links
 from dsllm.launch.doctor.finding import Check, Finding, failures, listed
 from dsllm.launch.doctor.machine import judge_clock, judge_machines, offset_outside
@@ -23,7 +22,8 @@ from dsllm.launch.doctor.rendezvous import PREFERRED_PORT, Rendezvous, find_rend
 from dsllm.launch.doctor.software import PACKAGES, judge_software
 from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_unprepared
 from dsllm.launch.hostfile import Host
-from dsllm.launch.hosts import ANSWER_SECONDS, Agent, HostError, Hosts, on_this_machine, over_ssh
+from dsllm.launch.hosts import ANSWER_SECONDS, Agent, HostError, Hosts
+from dsllm.launch.launchers import TRAIN_SCRIPT
 from dsllm.plan.hardware import CPU
 from dsllm.spec.derived import data_directory
 from dsllm.spec.sections import Spec
@@ -92,11 +92,6 @@ class Report:
             return f"{f'{len(self.hosts)} hosts' if len(self.hosts) > 1 else self.hosts[0]}, ready"
         first = next(iter(self.failed.values()))[0]
         return f"{listed(self.failed)}: not ready: {first.check}: {first.found}"
-
-
-def way_to(host: str, line: str) -> list[str]:
-    """A `Way`: ssh, which this machine does not need to itself."""
-    return on_this_machine(host, line) if is_this_machine(host) else over_ssh(host, line)
 
 
 def examine(hosts: Hosts, wanted: Wanted, quick: bool = True) -> Report:

@@ -1,0 +1,140 @@
+"""Why the ranks of a launch ended, and whether starting them again can help."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsllm.launch.hosts import HostError
+
+CURABLE = frozenset({"lost_host", "lost_rank", "communication", "hang", "fault"})
+"""What may not come again. The other causes would: memory that is too small, numbers that are not finite on the same
+samples, a full disk, a user's mistake."""
+SSH_FAILED = 255
+"""ssh's own exit status: the way to the host is gone, whatever became of the ranks there."""
+SHELLS_SIGNALS = 128
+"""A shell tells of a signal as 128 plus its number; DeepSpeed's launcher exits with minus the number, modulo 256."""
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What is known of ranks that have ended."""
+
+    statuses: Sequence[int]
+    """Exit statuses of the commands that started them; negative for a signal."""
+    exits: Mapping[str, int] = field(default_factory=dict)
+    """Exit status by host, where a host's own is known."""
+    lost: Sequence[HostError] = ()
+    """Hosts that can no longer be asked."""
+    words: Sequence[Mapping[str, Any]] = ()
+    """What ranks wrote when they failed (`logs/rank<r>.ended.json`), first those that failed by themselves."""
+    asked_by: str | None = None
+    """The signal that asked the run to end, if one did."""
+    stopped_by: str | None = None
+    """What the run says that it was stopped by, before its last step."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended."""
+
+    cause: str
+    """`finished`, `stopped`, or one of `errors.Cause`."""
+    message: str
+    rank: int | None = None
+    """The rank that failed first, where it is known."""
+    host: str | None = None
+    """Where it failed."""
+
+    @property
+    def is_good(self) -> bool:
+        return self.cause in ("finished", "stopped")
+
+    @property
+    def is_curable(self) -> bool:
+        return self.cause in CURABLE
+
+    @property
+    def exit_status(self) -> int:
+        return 0 if self.is_good else 2 if self.cause == "user_error" else 1
+
+
+def find_ending(signs: Signs) -> Ending:
+    """What the signs say together: evidence that a host or a process is gone comes before what others make of it."""
+    has_failed = bool(signs.lost) or any(signs.statuses) or any(signs.exits.values())
+    if not has_failed:
+        return _good(signs)
+    own = next((word for word in signs.words if word["is_own"]), None)
+    if own is not None and own["cause"] not in ("lost_host", "lost_rank", "communication"):
+        return Ending(own["cause"], own["message"], own["rank"], own["host"])
+    if signs.asked_by is not None:
+        return Ending("stopped", f"{signs.asked_by}, before the ranks could save")
+    return _lost_host(signs) or _killed_rank(signs) or _told(signs) or _silent(signs)
+
+
+def _good(signs: Signs) -> Ending:
+    if signs.stopped_by is not None:
+        return Ending("stopped", f"by {signs.stopped_by}")
+    return Ending("finished", "all steps are done")
+
+
+def _lost_host(signs: Signs) -> Ending | None:
+    """A host to which no way leads any more."""
+    for error in signs.lost:
+        return Ending("lost_host", f"the way to {error.host} is gone: {error.words}", host=error.host)
+    for host, status in signs.exits.items():
+        if status == SSH_FAILED:
+            return Ending("lost_host", f"the way to {host} is gone: ssh ended with status {status}", host=host)
+    return None
+
+
+def _killed_rank(signs: Signs) -> Ending | None:
+    """A rank that a signal ended, as the launcher on its host tells it."""
+    for host, status in signs.exits.items():
+        number = signal_of(status)
+        if number is not None:
+            word = next((word for word in signs.words if word["cause"] in ("lost_rank", "lost_host")), None)
+            what = f"{number.name} ended a rank on {host}"
+            if word is None:
+                return Ending("lost_rank", what, host=host)
+            return Ending("lost_rank", f"{what} ({word['message']})", _culprit(word)[0], host)
+    return None
+
+
+def signal_of(status: int) -> signal.Signals | None:
+    """The signal that an exit status tells of, if any."""
+    for number in (-status, 256 - status, status - SHELLS_SIGNALS):
+        if number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGTERM):
+            return signal.Signals(number)
+    return None
+
+
+def _told(signs: Signs) -> Ending | None:
+    """What a rank wrote, of itself or of another."""
+    for word in signs.words:
+        return Ending(word["cause"], word["message"], *_culprit(word))
+    return None
+
+
+def _culprit(word: Mapping[str, Any]) -> tuple[int | None, str | None]:
+    """The rank that the words are about, and its host."""
+    if word["is_own"]:
+        return word["rank"], word["host"]
+    named = re.match(r"rank (\d+) on ([^ :]+):", word["message"])
+    return (int(named[1]), named[2]) if named else (None, None)
+
+
+def _silent(signs: Signs) -> Ending:
+    """No rank wrote a word: it did not come so far."""
+    failed = {host: status for host, status in signs.exits.items() if status}
+    host = next(iter(failed), None)
+    status = failed[host] if host is not None else next(status for status in signs.statuses if status)
+    number = signal_of(status)
+    if number is not None:
+        return Ending("lost_rank", f"{number.name} ended a rank", host=host)
+    if status == 2:
+        return Ending("user_error", "the ranks said why", host=host)
+    return Ending("fault", f"ended with status {status}, and no rank said why", host=host)
