@@ -123,7 +123,7 @@ def slowest(seconds: float, device: str) -> float:
 
 
 def tournament(device: str, largest: int) -> list[tuple[int, int, float, float]]:
-    """`(first, second, latency_seconds, bytes_per_second)` of the pairs, on rank 0; in a round every host has one other.
+    """`(first, second, latency_seconds, bytes_per_second)` of each pair; in a round every rank has one other.
 
     Rank 0 ends it between rounds when PAIRS_SECONDS are over.
     """

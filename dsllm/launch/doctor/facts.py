@@ -106,6 +106,7 @@ class Links:
     def from_output(cls, output: Mapping[str, Any], hosts: Sequence[str]) -> Links:
         """Of what rank 0 of `dsllm.engine.links` printed; `hosts` by rank."""
         pairs = tuple(
-            Pair(hosts[first], hosts[second], latency, bandwidth) for first, second, latency, bandwidth in output["pairs"]
+            Pair(hosts[first], hosts[second], latency, bandwidth)
+            for first, second, latency, bandwidth in output["pairs"]
         )
         return cls(**{**output, "pairs": pairs})

@@ -98,12 +98,14 @@ def cuda_version() -> str | None:
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         return None
-    found = re.search(r"^cuda\b[^=]*= *'([^']+)'", text(os.path.join(os.path.dirname(torch.origin), "version.py")), re.M)
+    found = re.search(
+        r"^cuda\b[^=]*= *'([^']+)'", text(os.path.join(os.path.dirname(torch.origin), "version.py")), re.M
+    )
     return found and found[1]
 
 
 def dsllm_folder(package_folder: str) -> str | None:
-    """Where a rank finds dsllm: as `train.py`, installed packages first, then the folder that `train.py` itself is in."""
+    """Where a rank finds dsllm: like `train.py`, among what is installed, and then where `train.py` itself is."""
     paths = [path for path in sys.path if path] + [os.path.dirname(package_folder)]
     found = importlib.machinery.PathFinder.find_spec("dsllm", paths)
     return os.path.dirname(found.origin) if found is not None and found.origin is not None else None
@@ -186,7 +188,7 @@ def ask_smi(what: str, fields: str) -> list[list[str]]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        universal_newlines=True,
+        text=True,
         timeout=SMI_SECONDS,
         check=True,
     )
@@ -212,6 +214,8 @@ def leave_token(folder: str, token: str) -> dict[str, Any]:
     takes it, and which folders were `made`, from the innermost."""
     folder = os.path.abspath(os.path.expanduser(folder))
     made = missing_folders(folder)
+    there = os.path.dirname(made[-1]) if made else folder
+    free_bytes = disk(there)[1]  # without what is written now
     error = None
     try:
         os.makedirs(folder, exist_ok=True)
@@ -221,11 +225,10 @@ def leave_token(folder: str, token: str) -> dict[str, Any]:
             os.fsync(file.fileno())
     except OSError as failure:
         error = str(failure.strerror)
-    there = next((path for path in (folder, *made[1:], "/") if os.path.isdir(path)), "/")
     pattern = os.path.join(glob.escape(folder), "checkpoints", "global_step*[0-9]", "manifest.json")
     return {
         "error": error,
-        "free_bytes": disk(there)[1],
+        "free_bytes": free_bytes,
         "file_system": file_system(there),
         "checkpoints": len(glob.glob(pattern)),
         "made": made,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dsllm.launch.doctor.facts import Facts, GpuFacts
-from dsllm.launch.doctor.finding import Finding, listed, usual
+from dsllm.launch.doctor.finding import Check, Finding, Outcome, listed, usual
 from dsllm.launch.doctor.needs import Needs
 from dsllm.launch.hostfile import Host
 from dsllm.units import GIB, format_bytes
@@ -36,8 +36,7 @@ def judge_clock(host: str, offset_seconds: float) -> Finding:
     if abs(offset_seconds) <= CLOCK_WARNED_SECONDS:
         return Finding(host, "clock", "passed", f"{offset_seconds:+.0f} s" if round(offset_seconds) else "0 s")
     found = f"its clock is {abs(offset_seconds):.0f} s {'ahead of' if offset_seconds > 0 else 'behind'} this machine's"
-    outcome = "failed" if abs(offset_seconds) > CLOCK_FAILED_SECONDS else "warned"
-    assert outcome in ("failed", "warned")
+    outcome: Outcome = "failed" if abs(offset_seconds) > CLOCK_FAILED_SECONDS else "warned"
     return Finding(host, "clock", outcome, found, "let NTP keep it there: timedatectl set-ntp true")
 
 
@@ -53,7 +52,7 @@ def _cores(host: str, facts: Facts, wanted: Host) -> Finding:
         remedy = "mend the driver, or set DS_ACCELERATOR=cpu"
         return Finding(host, "GPUs", "failed", f"nvidia-smi: {facts.driver_error}", remedy)
     if facts.cores < wanted.slots:
-        return Finding(host, "GPUs", "failed", found, f"lower slots of {host} to {facts.cores} in the hostfile")
+        return Finding(host, "GPUs", "failed", found, f"lower its slots to {facts.cores} in the hostfile")
     return Finding(host, "GPUs", "passed", found)
 
 
@@ -71,7 +70,7 @@ def _gpus(host: str, facts: Facts, wanted: Host) -> list[Finding]:
         found = f"{_count(there, 'GPU')} for {_count(wanted.slots, 'slot')}"
         if wanted.chosen is not None:
             found = f"{_count(there, 'GPU')}, without numbers {listed(str(n) for n in wanted.chosen if n >= there)}"
-        remedy = f"lower slots of {host} to {there} in the hostfile" if there else "see whether its driver is installed"
+        remedy = f"lower its slots to {there} in the hostfile" if there else "see whether its driver is installed"
         return [Finding(host, "GPUs", "failed", found, remedy)]
     return [_shared_memory(host, facts, wanted), _processes(host, _used(facts, wanted))]
 
@@ -139,8 +138,7 @@ def _gpu_memory(host: str, gpu: GpuFacts, needs: Needs) -> Finding:
     return Finding(host, "memory", "failed", found, remedy)
 
 
-def _host_memory(host: str, check: str, facts: Facts, needed_bytes: int) -> Finding:
-    assert check in ("memory", "host memory")
+def _host_memory(host: str, check: Check, facts: Facts, needed_bytes: int) -> Finding:
     found = f"{format_bytes(facts.available_bytes)} of the host's {format_bytes(facts.memory_bytes)} free"
     if facts.available_bytes >= needed_bytes:
         return Finding(host, check, "passed", f"{found}, predicted {format_bytes(needed_bytes)}")

@@ -8,6 +8,7 @@ from dsllm.launch.hosts import HostError
 SSH_FAILED = 255
 NOT_FOUND = (126, 127)
 """Of a shell whose command is not there, or cannot be run."""
+IS_DOWN = "see that it is up, in this network, and lets ssh in (firewall), or leave it out: --exclude {host}"
 SAID_BY_SSH = (
     ("Connection refused", "start sshd there, or correct its port in ~/.ssh/config"),
     (
@@ -16,8 +17,8 @@ SAID_BY_SSH = (
     ),
     ("Permission denied", "let ssh in without a password: ssh-copy-id {host}"),
     ("Host key verification failed", "ssh {host} once by hand, and accept its key"),
-    ("No route to host", "see that it is up and in this network, or leave it out: --exclude {host}"),
-    ("timed out", "see that it is up and that a firewall lets ssh in, or leave it out: --exclude {host}"),
+    ("No route to host", IS_DOWN),
+    ("timed out", IS_DOWN),
     ("Network is unreachable", "see that this machine is in its network"),
     ("Connection closed", "see sshd's log there; it may limit connections (MaxStartups) or users (AllowUsers)"),
 )

@@ -94,10 +94,19 @@ def _judge(first: str, port: int, tried: Mapping[str, Mapping[str, Tried]]) -> t
         for candidate, by_host in tried.items()
     }
     best = min(unreached, key=lambda candidate: len(unreached[candidate]))
+    if len(unreached[best]) == len(tried[best]):
+        return None, _reached_by_none(first, port, unreached[best])
     findings = [_finding(first, best, port, host, unreached[best].get(host)) for host in tried[best]]
     if unreached[best]:
         return None, findings
     return _meeting_at(best, port, tried[best]), findings
+
+
+def _reached_by_none(first: str, port: int, unreached: Mapping[str, str]) -> list[Finding]:
+    """The first host is to blame, and of the others nothing is known."""
+    found = f"nobody reaches its port {port}, not even itself: {unreached[first]}"
+    others = [Finding(host, "port", "skipped", f"{first} cannot be reached") for host in unreached if host != first]
+    return [Finding(first, "port", "failed", found, OPEN_PORTS), *others]
 
 
 def _why_not(tried: Tried) -> str | None:

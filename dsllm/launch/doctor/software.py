@@ -59,12 +59,12 @@ def _versions(host: str, facts: Mapping[str, Facts]) -> Finding:
     if missing:
         remedy = "install dsllm[train] there into the Python of the ranks: " + facts[host].executable
         return Finding(host, "versions", "failed", f"{', '.join(missing)} not installed", remedy)
-    for names, outcome in ((SAME, "failed"), (SIMILAR, "warned")):
+    for names in (SAME, SIMILAR):
         others = {name: usual({other: one.versions.get(name) for other, one in facts.items()}) for name in names}
         unlike = [name for name in names if own.get(name) != others[name][0]]
         if unlike:
+            outcome: Outcome = "failed" if names is SAME else "warned"
             found = "; ".join(f"{name} {own.get(name)}, {others[name][1]} has {others[name][0]}" for name in unlike)
-            assert outcome in ("failed", "warned")
             return Finding(host, "versions", outcome, found, _install(unlike, others))
     return Finding(host, "versions", "passed", f"torch {own['torch']}, deepspeed {own['deepspeed']}")
 

@@ -1,0 +1,187 @@
+"""The command that examines hosts before a run: doctor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from dsllm.cli.options import AsJson, Overrides
+
+if TYPE_CHECKING:
+    from dsllm.launch.doctor.doctor import Report, Wanted
+    from dsllm.launch.doctor.finding import Finding
+    from dsllm.launch.hostfile import Host
+
+app = typer.Typer(rich_markup_mode=None)
+
+COLUMNS = {
+    "reach": ("reach",),
+    "versions": ("python", "versions", "dsllm", "spec"),
+    "GPUs": ("GPUs", "processes"),
+    "memory": ("memory", "host memory"),
+    "folder": ("folder", "space", "data"),
+    "clock": ("clock",),
+    "port": ("port",),
+    "link": ("link",),
+}
+"""Of the table, and the checks that each stands for."""
+MOST_LINES = 40
+"""Of the table; of more hosts only those with something to say are shown."""
+
+
+@app.command(epilog="Example: dsllm doctor 1b --hostfile hostfiles/two-node")
+def doctor(
+    spec: Annotated[
+        Optional[str],  # noqa: UP045 - evaluated at run time, also by Python 3.10
+        typer.Argument(
+            metavar="SPEC",
+            help="A spec file, or the name of a preset: what it needs is checked too.",
+            show_default=False,
+        ),
+    ] = None,
+    spec_option: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--spec", metavar="SPEC", help="The same, as dsllm/train.py has it."),
+    ] = None,
+    hostfile: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--hostfile", metavar="FILE", help="Hosts and their slots; this machine alone when absent."),
+    ] = None,
+    include: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--include", metavar="HOSTS", help="Only these of the hostfile: worker-1@worker-2:0,2"),
+    ] = None,
+    exclude: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--exclude", metavar="HOSTS", help="All of the hostfile but these, written in the same way."),
+    ] = None,
+    run_dir: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--run-dir", metavar="DIR", help="Folder of the run; runs/<name> when absent."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not measure the links between the hosts.")] = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every host before a run: reachable, alike, large enough, and fast enough between each other."""
+    from dsllm.launch.doctor.doctor import examine, way_to
+    from dsllm.launch.hosts import Hosts
+
+    wanted = _wanted(_one_spec(spec, spec_option), overrides or [], _hosts(hostfile, include, exclude), run_dir)
+    with Hosts([host.name for host in wanted.hosts], way_to) as hosts:
+        report = examine(hosts, wanted, quick)
+    if as_json:
+        typer.echo(json.dumps(as_document(report), indent=2))
+    else:
+        print_report(report)
+    raise typer.Exit(0 if report.is_ready else 1)
+
+
+def _one_spec(argument: str | None, option: str | None) -> str | None:
+    from dsllm.errors import UserError
+
+    if argument is not None and option is not None:
+        raise UserError("doctor: given 2 specs; name one, as in dsllm doctor quickstart")
+    return argument if option is None else option
+
+
+def _hosts(hostfile: str | None, include: str | None, exclude: str | None) -> Sequence[Host]:
+    """Of the hostfile; else this machine, with a slot for each rank that a launch would start."""
+    import socket
+
+    from dsllm.errors import UserError
+    from dsllm.launch.hostfile import Host, read_hostfile, select_hosts
+    from dsllm.launch.topology import count_gpus, local_topology
+
+    if hostfile is not None:
+        return select_hosts(read_hostfile(hostfile), include, exclude)
+    if include is not None or exclude is not None:
+        raise UserError("--include, --exclude: given without a hostfile; add --hostfile, which names the hosts")
+    return [Host(socket.gethostname(), local_topology(None, count_gpus()).ranks_per_host)]
+
+
+def _wanted(spec: str | None, overrides: list[str], hosts: Sequence[Host], run_dir: str | None) -> Wanted:
+    """Raises UserError for a spec that is none, or does not divide over the slots."""
+    from dsllm.cli.launch import check_batch
+    from dsllm.errors import UserError
+    from dsllm.launch.doctor.doctor import Wanted
+    from dsllm.spec.load import PRESETS, find_spec, load_spec
+
+    if spec is None:
+        if overrides:
+            raise UserError("--set: nothing to override without SPEC; give a spec, or remove --set")
+        return Wanted(tuple(hosts), run_dir=Path(run_dir or "runs"))
+    loaded = load_spec(spec, overrides)
+    check_batch(loaded, sum(host.slots for host in hosts))
+    file = find_spec(spec)
+    is_preset = file.parent == PRESETS
+    return Wanted(tuple(hosts), loaded, None if is_preset else file, run_dir=Path(run_dir or f"runs/{loaded.name}"))
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+
+def print_report(report: Report) -> None:
+    """A line for each host, what to do about each failure, and the verdict."""
+    from dsllm.cli.tables import print_table
+    from dsllm.launch.doctor.link import summary
+
+    shown = _shown(report)
+    print_table(["host", *COLUMNS], [[host, *(_cell(report, host, column) for column in COLUMNS)] for host in shown])
+    if len(shown) < len(report.hosts):
+        typer.echo(f"{len(report.hosts) - len(shown)} more hosts: ok\n")
+    for outcome in ("failed", "warned"):
+        for line in _lines([finding for finding in report.findings if finding.outcome == outcome]):
+            typer.echo(line)
+    if report.rendezvous is not None and len(report.hosts) > 1:
+        typer.echo(f"ranks meet at {report.rendezvous.address}, port {report.rendezvous.port}")
+    if report.links is not None:
+        typer.echo(summary(report.links))
+    typer.echo(f"{report.verdict} ({report.seconds:.1f} s)")
+
+
+def _shown(report: Report) -> list[str]:
+    """The hosts that the table has."""
+    if len(report.hosts) <= MOST_LINES:
+        return list(report.hosts)
+    bad = {finding.host for finding in report.findings if finding.outcome in ("failed", "warned")}
+    return [host for host in report.hosts if host in bad]
+
+
+def _cell(report: Report, host: str, column: str) -> str:
+    outcomes = {one.outcome for one in report.findings if one.host == host and one.check in COLUMNS[column]}
+    if "failed" in outcomes:
+        return "FAILED"
+    return "warned" if "warned" in outcomes else "ok" if "passed" in outcomes else "-"
+
+
+def _lines(findings: Sequence[Finding]) -> list[str]:
+    """What was found and what to do, once for all hosts that it is the same for."""
+    from dsllm.launch.doctor.finding import listed
+
+    hosts: dict[tuple[str, str, str, str], list[str]] = {}
+    for one in findings:
+        hosts.setdefault((one.outcome, one.check, one.found, one.remedy), []).append(one.host)
+    return [
+        f"{listed(names)}: {check} {outcome}: {found}\n    -> {remedy}"
+        for (outcome, check, found, remedy), names in hosts.items()
+    ]
+
+
+def as_document(report: Report) -> dict[str, Any]:
+    """The report as JSON has it; bytes and seconds are plain numbers."""
+    from dataclasses import asdict
+
+    return {
+        "ready": report.is_ready,
+        "verdict": report.verdict,
+        "seconds": report.seconds,
+        "hosts": {host: asdict(report.facts[host]) if host in report.facts else None for host in report.hosts},
+        "findings": [asdict(finding) for finding in report.findings],
+        "rendezvous": None if report.rendezvous is None else asdict(report.rendezvous),
+        "links": None if report.links is None else asdict(report.links),
+    }
