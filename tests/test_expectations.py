@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dsllm.errors import UserError
-from dsllm.launch.expectations import ancestors, check_world, deepspeed_words, hostfile_in
+from dsllm.launch import expectations
+from dsllm.launch.expectations import Ancestor, ancestors, check_world, deepspeed_words, hostfile_in
 from dsllm.launch.placement import Place
 
 TRAIN = Path(__file__).parent.parent / "dsllm" / "train.py"
@@ -69,6 +70,20 @@ def test_the_processes_above_are_seen_with_their_words_and_folders(tmp_path: Pat
         child.kill()
     assert "pytest" in " ".join(parent.words)
     assert parent.cwd == Path.cwd()
+
+
+@pytest.mark.parametrize(
+    ("hostfile", "is_missing"),
+    [("hosts", False), ("other", True), ("folder", True), ("/job/hostfile", False), ("/dev/null", False)],
+)
+def test_a_hostfile_is_missing_where_the_launcher_finds_no_file_and_was_not_told_so_on_purpose(
+    hostfile: str, is_missing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hosts").touch()
+    (tmp_path / "folder").mkdir()
+    above = [Ancestor(["bash"], Path("/")), Ancestor(["deepspeed", "-H", hostfile, "train.py"], tmp_path)]
+    monkeypatch.setattr(expectations, "ancestors", lambda pid: iter(above))
+    assert expectations.missing_hostfile() == (hostfile if is_missing else None)
 
 
 @pytest.mark.distributed

@@ -12,8 +12,9 @@ from dsllm.launch.placement import Place
 
 EXPECTED = "DSLLM_WORLD_SIZE"
 """How many ranks dsllm launch has asked for."""
-NO_HOSTFILE = "/job/hostfile"
-"""What `deepspeed` takes for its hostfile where none is given (deepspeed/launcher/runner.py)."""
+NO_HOSTFILE = ("/job/hostfile", os.devnull)
+"""What `deepspeed` takes for its hostfile where none is given (deepspeed/launcher/runner.py), and what says on purpose
+that there is none."""
 
 
 def check_world(place: Place, environment: Mapping[str, str]) -> None:
@@ -42,9 +43,12 @@ def missing_hostfile() -> str | None:
     for ancestor in ancestors(os.getpid()):
         if (words := deepspeed_words(ancestor.words)) is not None:
             given = hostfile_in(words)
-            is_missing = given not in (None, NO_HOSTFILE) and not (ancestor.cwd / given).is_file()
-            return given if is_missing else None
+            return given if given is not None and _is_missing(given, ancestor.cwd) else None
     return None
+
+
+def _is_missing(hostfile: str, cwd: Path) -> bool:
+    return hostfile not in NO_HOSTFILE and not (cwd / hostfile).is_file()
 
 
 class Ancestor(NamedTuple):
