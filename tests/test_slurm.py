@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+
 import pytest
 
 from dsllm.errors import UserError
@@ -22,14 +25,24 @@ def test_every_rank_is_a_task_and_hosts_are_filled_in_order() -> None:
         "--gpu-bind=none",
         "--export=ALL",
     } <= set(command)
-    assert command[-3:] == ["python", "-u", "train.py"]
+    assert command[-7:] == ["sh", "-c", "trap '' USR1 USR2; exec \"$@\"", "sh", "python", "-u", "train.py"]
 
 
 def test_a_shell_on_one_host_shares_the_resources_of_the_ranks() -> None:
     command = srun_one("gpu-2", "cat > 'a b'; echo $HOME", {})
     assert {"--overlap", "--nodes=1", "--ntasks=1", "--nodelist=gpu-2"} <= set(command)
-    assert command[-3:] == ["sh", "-c", "cat > 'a b'; echo $HOME"]
+    assert command[-3:] == ["sh", "-c", "trap '' USR1 USR2; cat > 'a b'; echo $HOME"]
     assert "--input=none" not in command
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_what_srun_starts_outlives_a_signal_that_it_does_not_answer_yet(number: signal.Signals) -> None:
+    hurt = ["sh", "-c", f"kill -{number.name.removeprefix('SIG')} $$; echo alive"]
+    rank = srun_command([Host("a", 1)], 1, hurt, {})
+    shell = srun_one("a", hurt[-1], {})
+    for command in (rank, shell):
+        ran = subprocess.run(command[command.index("sh") :], capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout) == (0, "alive\n")
 
 
 def test_options_of_the_job_that_srun_would_take_over_are_left_out() -> None:

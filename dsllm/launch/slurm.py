@@ -39,6 +39,10 @@ _SHARED_OPTIONS = (
 )
 
 
+_IGNORED = "trap '' USR1 USR2"
+"""Slurm sends these to every process of a step: they would end shells, and ranks that do not answer them yet."""
+
+
 def srun_command(
     hosts: Sequence[Host], ranks_per_host: int, command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> list[str]:
@@ -62,6 +66,7 @@ def srun_command(
         "--gpu-bind=none",  # ranks see all GPUs of their host and take the one of their local rank
         "--kill-on-bad-exit=1",  # else the others wait in a collective for a rank that failed
         "--input=none",
+        *("sh", "-c", f'{_IGNORED}; exec "$@"', "sh"),
         *command,
     ]
 
@@ -78,7 +83,7 @@ def srun_one(host: str, shell_command: str, environment: Mapping[str, str] | Non
         "--quiet",
         "sh",
         "-c",
-        shell_command,
+        f"{_IGNORED}; {shell_command}",
     ]
 
 
