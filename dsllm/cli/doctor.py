@@ -106,9 +106,9 @@ def _hosts(hostfile: str | None, include: str | None, exclude: str | None) -> Se
 
 def _wanted(spec: str | None, overrides: list[str], hosts: Sequence[Host], run_dir: str | None) -> Wanted:
     """Raises UserError for a spec that is none, or does not divide over the slots."""
-    from dsllm.cli.launch import check_batch
     from dsllm.errors import UserError
     from dsllm.launch.doctor.doctor import Wanted
+    from dsllm.plan.batch import check_batch
     from dsllm.spec.load import PRESETS, find_spec, load_spec
 
     if spec is None:
@@ -116,7 +116,7 @@ def _wanted(spec: str | None, overrides: list[str], hosts: Sequence[Host], run_d
             raise UserError("--set: nothing to override without SPEC; give a spec, or remove --set")
         return Wanted(tuple(hosts), run_dir=Path(run_dir or "runs"))
     loaded = load_spec(spec, overrides)
-    check_batch(loaded, sum(host.slots for host in hosts))
+    check_batch(loaded.batch, sum(host.slots for host in hosts))
     file = find_spec(spec)
     is_preset = file.parent == PRESETS
     return Wanted(tuple(hosts), loaded, None if is_preset else file, run_dir=Path(run_dir or f"runs/{loaded.name}"))

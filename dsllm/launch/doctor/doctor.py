@@ -22,7 +22,8 @@ from dsllm.launch.doctor.software import PACKAGES, judge_software
 from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_unprepared
 from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import ANSWER_SECONDS, Agent, HostError, Hosts, on_this_machine, over_ssh
-from dsllm.launch.topology import TRAIN_SCRIPT, is_this_machine
+from dsllm.launch.launchers import TRAIN_SCRIPT
+from dsllm.launch.topology import is_this_machine
 from dsllm.plan.hardware import CPU
 from dsllm.spec.derived import data_directory
 from dsllm.spec.sections import Spec
