@@ -18,7 +18,17 @@ from typing import IO
 
 import pytest
 
-from tests.cluster.isolation import SEARCH_PATH, TOOLS_ALONE, HostProcess, Isolation, Process, lacks, send, wait_until
+from tests.cluster.isolation import (
+    SEARCH_PATH,
+    TOOLS_ALONE,
+    HostProcess,
+    Isolation,
+    Process,
+    lacks,
+    send,
+    tool,
+    wait_until,
+)
 
 SSH_PORT = 22
 CORES = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -27,7 +37,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELI
 
 SSHD_CONFIG = """\
 Port {port}
-HostKey {folder}/host_key
+HostKey "{folder}/host_key"
 PidFile none
 StrictModes no
 UsePAM no
@@ -230,7 +240,7 @@ class Host:
         config = self.folder / "sshd_config"
         config.write_text(SSHD_CONFIG.format(port=SSH_PORT, folder=self.folder, environment=environment))
         with (self.folder / "sshd.log").open("a") as log:
-            self._sshd = self.isolation.popen(["/usr/sbin/sshd", "-D", "-e", "-f", config], env=TOOLS_ALONE, stderr=log)
+            self._sshd = self.isolation.popen([tool("sshd"), "-D", "-e", "-f", config], env=TOOLS_ALONE, stderr=log)
         listeners = ["ss", "-Htln", f"sport = :{SSH_PORT}"]  # a connection to try it would take one of its sessions
         wait_until(lambda: self.run(listeners).stdout, f"sshd of {self.name} listens; {self.folder}/sshd.log says why")
 

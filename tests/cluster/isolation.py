@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-TOOLS = ("unshare", "nsenter", "setsid", "mount", "ip", "sshd", "ssh", "ssh-keygen", "pdsh")
+TOOLS = ("unshare", "nsenter", "setsid", "env", "mount", "ip", "sshd", "ssh", "ssh-keygen", "pdsh")
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 TOOLS_ALONE = {"PATH": SEARCH_PATH}
 SPACES = ("--net", "--mount", "--uts", "--ipc", "--pid")
@@ -78,14 +78,15 @@ class Isolation:
         stderr: int | IO[str] | None = None,
     ) -> HostProcess:
         """Starts `arguments` inside, as the leader of a session of its own, with `env` for its whole environment."""
-        enter = [_tool("nsenter"), "--target", str(self.outer_pid), *SPACES]
+        enter = [tool("nsenter"), "--target", str(self.outer_pid), *SPACES]
         inside = [
             "/bin/sh",
             "-c",
             'cd "$1" && shift && exec "$@"',
             "sh",
             str(cwd),
-            _tool("setsid"),
+            tool("setsid"),
+            *(tool("env"), "--default-signal"),  # a shell that runs the tests in the background has SIGINT ignored
             *map(str, arguments),
         ]
         process = HostProcess(
@@ -145,7 +146,7 @@ class Isolation:
 @contextlib.contextmanager
 def isolated() -> Iterator[Isolation]:
     """A fresh isolation; all that runs in it is killed at the end."""
-    command = [_tool("unshare"), *UNSHARE, "--", sys.executable, "-ISc", FIRST_PROCESS]
+    command = [tool("unshare"), *UNSHARE, "--", sys.executable, "-ISc", FIRST_PROCESS]
     pipe, started = subprocess.PIPE, list[HostProcess]()
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
         try:
@@ -168,7 +169,7 @@ def isolated() -> Iterator[Isolation]:
 def connect(place: Isolation, interface: str, other: Isolation, other_interface: str) -> None:
     """A cable between the two: an interface in each."""
     # Of the isolation only the network is entered: `ip` is to know the other by its process number out here.
-    enter = [_tool("nsenter"), "--target", str(place.outer_pid), "--net", _tool("ip"), "link", "add", interface]
+    enter = [tool("nsenter"), "--target", str(place.outer_pid), "--net", tool("ip"), "link", "add", interface]
     other_end = ["type", "veth", "peer", "name", other_interface, "netns", str(other.outer_pid)]
     subprocess.run([*enter, *other_end], check=True)
 
@@ -190,9 +191,14 @@ def why_not() -> str | None:
 @functools.cache
 def lacks(script: str) -> str | None:
     """What `script` says on stderr where it fails in an isolation of its own; None where it succeeds."""
-    command = [_tool("unshare"), *UNSHARE, "--", "/bin/sh", "-ec", script]
+    command = [tool("unshare"), *UNSHARE, "--", "/bin/sh", "-ec", script]
     result = subprocess.run(command, env=TOOLS_ALONE, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     return f"{script}: {result.stderr.strip()}" if result.returncode else None
+
+
+def tool(name: str) -> str:
+    """Its path, so that a test may start commands with any PATH."""
+    return shutil.which(name, path=SEARCH_PATH) or name
 
 
 def send(outer_pid: int, sig: int) -> None:
@@ -213,11 +219,6 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS:.0f} s: {what}"
         time.sleep(0.02)
-
-
-def _tool(name: str) -> str:
-    """Its path, so that a test may start commands with any PATH."""
-    return shutil.which(name, path=SEARCH_PATH) or name
 
 
 def _children(outer_pid: int) -> list[int]:

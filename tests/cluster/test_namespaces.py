@@ -98,13 +98,13 @@ def test_pdsh_runs_a_command_on_every_host(a: Host) -> None:
     assert sorted(result.stdout.splitlines()) == ["host-a: host-a", "host-b: host-b"]
 
 
-def test_forty_sessions_at_once_are_accepted(a: Host) -> None:
-    script = "for each in $(seq 40); do ssh host-b true || echo refused & done; wait"
+def test_thirty_sessions_at_once_are_accepted(a: Host) -> None:
+    script = "for each in $(seq 30); do ssh host-b true || echo refused & done; wait"
     assert a.run(["sh", "-c", script]).stdout == ""
 
 
 def test_home_is_the_clusters_own(a: Host, pair: namespaces.Cluster) -> None:
-    assert ssh(a, "host-b", "echo $HOME; cd ~root; pwd").stdout.split() == [str(pair.home)] * 2
+    assert ssh(a, "host-b", "echo $HOME; cd ~root; pwd").stdout.splitlines() == [str(pair.home)] * 2
     assert a.run(["pwd"], env={"NAME": "value"}).stdout.strip() == str(pair.home)
     assert pair.home != Path.home()
 
@@ -206,11 +206,11 @@ def test_a_host_may_hear_nothing_of_another(a: Host, b: Host) -> None:
 
 
 def test_a_narrow_link_takes_as_long_as_its_rate_says(a: Host, b: Host, listener: None) -> None:
-    """1 MB at 8 Mbit/s takes a second."""
-    assert send_seconds(a, b, 1_000_000) < 0.3
-    with b.slow(megabits_per_second=8):
-        assert 0.7 < send_seconds(a, b, 1_000_000) < 3
-    assert send_seconds(a, b, 1_000_000) < 0.3
+    """1 MB at 4 Mbit/s takes two seconds."""
+    assert send_seconds(a, b, 1_000_000) < 1
+    with b.slow(megabits_per_second=4):
+        assert 1.5 < send_seconds(a, b, 1_000_000) < 6
+    assert send_seconds(a, b, 1_000_000) < 1
 
 
 def test_a_long_link_delays_both_ways(a: Host, b: Host) -> None:
