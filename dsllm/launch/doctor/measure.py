@@ -12,7 +12,7 @@ from dsllm.launch.doctor.finding import Finding
 from dsllm.launch.doctor.link import judge_links
 from dsllm.launch.doctor.rendezvous import OPEN_PORTS, Rendezvous
 from dsllm.launch.hosts import ANSWER_SECONDS, HostError, Hosts
-from dsllm.launch.topology import TRAIN_SCRIPT
+from dsllm.launch.launchers import TRAIN_SCRIPT
 
 LINK_SECONDS = 60.0
 """For the whole measurement; two healthy hosts take 5 s, most of which is the import of torch."""
