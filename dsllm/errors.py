@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
+
+Cause = Literal[
+    "user_error", "out_of_memory", "non_finite", "lost_host", "lost_rank", "hang", "communication", "disk", "fault"
+]
+"""Why a run ended before its time: a mistake of the user's; memory, of a device or host; numbers; a rank that is not
+heard of; one whose process ended without a word; one that makes no progress; NCCL, gloo or the network; a disk that is
+full or cannot be written; anything else."""
 
 
 class DsllmError(Exception):
     """A fault that stopped dsllm: the message says what happened and what to do about it."""
 
     exit_code = 1
+    cause: Cause = "fault"
+
+    def __init__(self, message: str = "", *, cause: Cause | None = None, is_own: bool = True) -> None:
+        """`cause` where the kind of error does not say it already."""
+        super().__init__(message)
+        if cause is not None:
+            self.cause = cause
+        self.is_own = is_own
+        """Whether it arose on this rank, rather than was told by another one."""
 
 
 class UserError(DsllmError):
     """A mistake that the user can mend: what was given, what the rule is, what to change."""
 
     exit_code = 2
+    cause = "user_error"
 
 
 class SpecError(UserError):

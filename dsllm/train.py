@@ -23,9 +23,12 @@ import time  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
 # Of the standard library alone, all of them: the environment file may say where the others are found.
+from dsllm.engine import last_words, rank_output  # noqa: E402
 from dsllm.engine.time_limit import TimeLimit, slurm_job_end  # noqa: E402
 from dsllm.errors import DsllmError, OneRankError  # noqa: E402
 from dsllm.launch import environment  # noqa: E402
+from dsllm.launch.expectations import check_world  # noqa: E402
+from dsllm.launch.placement import ALONE, place_in, take_place  # noqa: E402
 from dsllm.units import parse_duration  # noqa: E402
 
 if TYPE_CHECKING:
@@ -45,14 +48,21 @@ def main() -> int:
     """Train as the command line says. Returns the exit status: 0 done, 2 the user's mistake, 1 a fault."""
     started = time.time()
     arguments = _parse_arguments()
-    rank, run_dir = int(os.environ.get("RANK", 0)), Path(arguments.run_dir or "runs")
+    rank = None  # as long as it is not known
+    logs = Path(arguments.run_dir, "logs") if arguments.run_dir is not None else None
     try:
         if arguments.environment_file is not None:
             environment.adopt(arguments.environment_file)
+        place = place_in(os.environ) or ALONE
+        rank = place.rank
+        check_world(place, os.environ)
+        take_place(os.environ, place)
         from dsllm.spec.load import load_spec
 
         spec = load_spec(arguments.spec, arguments.set)
         run_dir = Path(arguments.run_dir or f"runs/{spec.name}")
+        logs = run_dir / "logs"
+        rank_output.begin(logs, rank)
         if arguments.check:
             check_start(spec, run_dir)
         else:
@@ -61,12 +71,15 @@ def main() -> int:
             run_training(spec, run_dir, arguments.resume, limit)
     except DsllmError as error:
         logger.error("%s", error, exc_info=_wants_tracebacks(), extra={"on_screen": False})
-        if rank == 0 or isinstance(error, OneRankError):  # what else stops a run is known to all ranks
+        last_words.write_error(logs, rank, error)
+        if rank in (None, 0) or isinstance(error, OneRankError):  # what else stops a run is known to all ranks
             print(error, file=sys.stderr)
         return error.exit_code
     except Exception as error:
         logger.exception("this rank failed", extra={"on_screen": False})
-        print(f"rank {rank}: {type(error).__name__}: {error} (more in {run_dir}/logs/rank{rank}.log)", file=sys.stderr)
+        last_words.write_error(logs, rank, error)
+        more = f" (more in {rank_output.log_file(logs, rank)})" if logs is not None else ""
+        print(f"rank {rank}: {type(error).__name__}: {error}{more}", file=sys.stderr)
         return 1
     return 0
 

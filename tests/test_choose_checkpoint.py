@@ -135,6 +135,7 @@ def test_what_makes_another_run_is_refused_with_both_values(run: Path, override:
         "training.train_steps=9999",
         "training.precision=bf16",
         "zero.stage=3",
+        "launch.environment=[AWS_KEY]",
     ],
 )
 def test_other_changes_are_told_and_accepted(run: Path, override: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,22 @@ def test_every_shipped_hostfile_is_valid(path: Path) -> None:
     assert read_hostfile(path)
 
 
+@pytest.mark.parametrize("path", sorted(EXAMPLES.iterdir()), ids=lambda path: path.name)
+def test_deepspeed_reads_the_same_in_every_shipped_hostfile(path: Path) -> None:
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    assert runner.fetch_hostfile(str(path)) == {host.name: host.slots for host in read_hostfile(path)}
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize("text", ["worker-2@worker-0:2,0", "worker-1:3", "worker-0:3@worker-0:1"])
+def test_deepspeed_selects_the_same(text: str, option: str) -> None:
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    chosen = (text, "") if option == "include" else ("", text)
+    expected = runner.parse_inclusion_exclusion({host.name: host.slots for host in HOSTS}, *chosen)
+    selected = select_hosts(HOSTS, *(choice or None for choice in chosen))
+    assert [(host.name, list(host.slot_ids)) for host in selected] == list(expected.items())
+
+
 def test_hosts_keep_their_order_and_comments_are_left_out() -> None:
     text = "# the big ones\n\nworker-2 slots=8\n  worker-1   slots=4  # shared\n"
     assert parse_hostfile(text, "hosts") == [Host("worker-2", 8), Host("worker-1", 4)]

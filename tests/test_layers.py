@@ -113,6 +113,7 @@ LIGHT_COMMANDS = [
     ["estimate-memory", "--spec", "1b", "--gpus", "8", "--json"],
     ["plan", "1b", "--gpu", "a100-40gb", "--gpus", "8"],
     ["plan", "--params", "1e9", "--deadline-hours", "24"],
+    ["hostfile", "--help"],
     ["launch", "quickstart", "--dry-run"],
     ["data", "--help"],
     ["data", "prepare", "--help"],

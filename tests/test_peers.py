@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from dsllm.engine.peers import GONE_SECONDS, SILENT_SECONDS, Peer
-from dsllm.engine.reports import Report
+from dsllm.engine.reports import Finding, Report
 
 REPORT = Report(1, "host-b", beat=0, step=3, phase="backward")
 LOOK_SECONDS = 0.5
@@ -28,7 +28,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
-def look_for(peer: Peer, report: Report, seconds: float) -> str | None:
+def look_for(peer: Peer, report: Report, seconds: float) -> Finding | None:
     """What the last of the looks within `seconds` finds."""
     found = None
     for _ in range(round(seconds / LOOK_SECONDS)):
@@ -47,7 +47,8 @@ def test_a_rank_without_a_new_report_is_silent_after_15_seconds() -> None:
     peer = Peer(1, "host-b", None)
     peer.look(REPORT, LOOK_SECONDS)
     assert look_for(peer, REPORT, SILENT_SECONDS - LOOK_SECONDS) is None
-    assert peer.look(REPORT, LOOK_SECONDS) == "rank 1 on host-b: not heard of for 15 s, last in step 3, backward"
+    expected = "rank 1 on host-b: not heard of for 15 s, last in step 3, backward"
+    assert peer.look(REPORT, LOOK_SECONDS) == Finding("lost_host", expected, (1,))
     assert not peer.is_there
 
 
@@ -67,7 +68,7 @@ def test_a_process_that_ended_is_missed_as_soon_as_its_last_words_would_have_com
     os.waitid(os.P_PID, child.pid, os.WEXITED | (0 if is_waited_for else os.WNOWAIT))
     assert look_for(peer, REPORT, GONE_SECONDS - LOOK_SECONDS) is None
     expected = "rank 1 on host-b: its process ended without a word, last in step 3, backward"
-    assert peer.look(REPORT, LOOK_SECONDS) == expected
+    assert peer.look(REPORT, LOOK_SECONDS) == Finding("lost_rank", expected, (1,))
 
 
 def test_a_process_is_killed_only_where_it_is_silent_and_even_where_it_is_stopped(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dsllm.engine.activity import LONG_SECONDS, Activity
-from dsllm.engine.reports import Report, find_hang
+from dsllm.engine.reports import Finding, Report, find_hang
 
 STUCK = Report(1, "host-b", beat=9, ticks=40, step=3, phase="backward", idle_seconds=25.0, allowed_seconds=20.0)
 WAITS = Report(0, "host-a", beat=9, ticks=41, step=3, phase="step", idle_seconds=24.0, allowed_seconds=20.0)
@@ -16,28 +16,30 @@ def test_a_report_comes_back_as_it_was_written() -> None:
 
 
 def test_the_rank_that_has_come_least_far_is_named_with_its_place() -> None:
-    assert find_hang([WAITS, STUCK]) == (
-        "rank 1 on host-b: no progress for 25.0s, in step 3, backward; the other ranks wait"
-    )
+    reason = "rank 1 on host-b: no progress for 25.0s, in step 3, backward; the other ranks wait"
+    assert find_hang([WAITS, STUCK]) == Finding("hang", reason, (1,))
 
 
 def test_of_ranks_that_came_as_far_the_one_outside_a_collective_is_behind() -> None:
     in_collective = replace(WAITS, ticks=STUCK.ticks, phase="backward", waits=True)
-    assert str(find_hang([in_collective, STUCK])).startswith("rank 1 on host-b: ")
+    assert find_hang([in_collective, STUCK]).reason.startswith("rank 1 on host-b: ")
 
 
 def test_where_all_stand_at_the_same_point_none_is_blamed() -> None:
     ranks = [replace(STUCK, rank=rank, waits=True) for rank in range(3)]
-    assert find_hang(ranks) == "no rank has made progress for 25.0s, and none is behind the others: step 3, backward"
+    reason = "no rank has made progress for 25.0s, and none is behind the others: step 3, backward"
+    assert find_hang(ranks) == Finding("hang", reason, ())
 
 
 def test_several_ranks_behind_are_all_named() -> None:
     ranks = [WAITS, STUCK, replace(STUCK, rank=5)]
-    assert str(find_hang(ranks)).startswith("rank 1 on host-b, rank 5 on host-b: no progress for 25.0s")
+    found = find_hang(ranks)
+    assert found.reason.startswith("rank 1 on host-b, rank 5 on host-b: no progress for 25.0s")
+    assert found.ranks == (1, 5)
 
 
 def test_a_rank_alone_is_named() -> None:
-    assert str(find_hang([STUCK])).startswith("rank 1 on host-b: no progress for 25.0s")
+    assert find_hang([STUCK]).reason.startswith("rank 1 on host-b: no progress for 25.0s")
 
 
 def test_ranks_ahead_may_wait_as_long_as_the_one_behind_may_take() -> None:

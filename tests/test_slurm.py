@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+
 import pytest
 
 from dsllm.errors import UserError
 from dsllm.launch.hostfile import Host
-from dsllm.launch.slurm import in_step, rendezvous_port, srun_command, srun_one
+from dsllm.launch.slurm import in_allocation_order, in_step, rendezvous_port, srun_command, srun_one
 
 
 def test_every_rank_is_a_task_and_hosts_are_filled_in_order() -> None:
-    command = srun_command([Host("gpu-1", 8), Host("gpu-2", 8)], 4, ["python", "-u", "train.py"])
+    command = srun_command([Host("gpu-1", 8), Host("gpu-2", 8)], 4, ["python", "-u", "train.py"], {})
     assert command[0] == "srun"
     assert {
         "--nodes=2",
@@ -22,14 +25,41 @@ def test_every_rank_is_a_task_and_hosts_are_filled_in_order() -> None:
         "--gpu-bind=none",
         "--export=ALL",
     } <= set(command)
-    assert command[-3:] == ["python", "-u", "train.py"]
+    assert command[-7:] == ["sh", "-c", "trap '' USR1 USR2; exec \"$@\"", "sh", "python", "-u", "train.py"]
 
 
 def test_a_shell_on_one_host_shares_the_resources_of_the_ranks() -> None:
-    command = srun_one("gpu-2", "cat > 'a b'; echo $HOME")
+    command = srun_one("gpu-2", "cat > 'a b'; echo $HOME", {})
     assert {"--overlap", "--nodes=1", "--ntasks=1", "--nodelist=gpu-2"} <= set(command)
-    assert command[-3:] == ["sh", "-c", "cat > 'a b'; echo $HOME"]
+    assert command[-3:] == ["sh", "-c", "trap '' USR1 USR2; cat > 'a b'; echo $HOME"]
     assert "--input=none" not in command
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_what_srun_starts_outlives_a_signal_that_it_does_not_answer_yet(number: signal.Signals) -> None:
+    hurt = ["sh", "-c", f"kill -{number.name.removeprefix('SIG')} $$; echo alive"]
+    rank = srun_command([Host("a", 1)], 1, hurt, {})
+    shell = srun_one("a", hurt[-1], {})
+    for command in (rank, shell):
+        ran = subprocess.run(command[command.index("sh") :], capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout) == (0, "alive\n")
+
+
+def test_options_of_the_job_that_srun_would_take_over_are_left_out() -> None:
+    environment = {"SLURM_GPUS": "16", "SLURM_GPUS_PER_TASK": "1", "SLURM_JOB_ID": "7", "PATH": "/bin"}
+    expected = ["env", "-u", "SLURM_GPUS", "-u", "SLURM_GPUS_PER_TASK", "srun"]
+    assert srun_command([Host("a", 8)], 8, ["true"], environment)[:6] == expected
+    assert srun_one("a", "true", environment)[:6] == expected
+
+
+def test_hosts_come_in_the_order_in_which_srun_has_them() -> None:
+    hosts = [Host("gpu3", 8), Host("gpu1", 2, (0, 3))]
+    assert in_allocation_order(hosts, {"SLURM_JOB_NODELIST": "gpu[1-3]"}) == [hosts[1], hosts[0]]
+
+
+def test_a_host_outside_the_job_is_refused() -> None:
+    with pytest.raises(UserError, match=r"host 'b': not one of this Slurm job's, which are gpu\[1-3\]; name hosts as"):
+        in_allocation_order([Host("b", 8)], {"SLURM_JOB_NODELIST": "gpu[1-3]"})
 
 
 @pytest.mark.parametrize(

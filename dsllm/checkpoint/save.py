@@ -6,10 +6,11 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as distributed
 from deepspeed import DeepSpeedEngine
@@ -30,7 +31,8 @@ from dsllm.checkpoint.snapshot import HostBuffers, Snapshot, offloaded_files, wr
 from dsllm.checkpoint.states import RankStates
 from dsllm.engine import ranks
 from dsllm.engine.generators import generator_states
-from dsllm.errors import CheckpointError, OneRankError, TrainingError
+from dsllm.engine.last_words import cause_of
+from dsllm.errors import Cause, CheckpointError, OneRankError, TrainingError
 from dsllm.spec.sections import Checkpoint, Precision
 from dsllm.units import format_bytes
 
@@ -40,6 +42,13 @@ SPARE_BYTES = 2**18
 """Room on the disk for each rank beyond its tensors: the names in its files, and its small files."""
 
 Files = dict[str, FileRecord]
+
+
+class _Fault(NamedTuple):
+    """Why a checkpoint could not be written."""
+
+    cause: Cause
+    reason: str
 
 
 @dataclass
@@ -52,7 +61,7 @@ class _Pending:
     """Whether this rank's state is in host memory."""
     files: Future[Files]
     """Of this rank, as it has written them."""
-    manifest: Future[str | None] | None = None
+    manifest: Future[_Fault | None] | None = None
     """Once all ranks have written: what went wrong on rank 0, which completes it."""
     begun: float = field(default_factory=time.monotonic)
 
@@ -133,12 +142,12 @@ class CheckpointSaver:
         """
         if pending.manifest is None:
             outcomes = ranks.gather(_outcome(pending.files))
-            faults = [f"rank {rank}: {fault}" for rank, (_, fault) in enumerate(outcomes) if fault is not None]
+            faults = _with_ranks(fault for _, fault in outcomes)
             if not faults:
                 files = {name: record for of_rank, _ in outcomes for name, record in of_rank.items()}
                 pending.manifest = self._begin_to_complete(pending, files)
                 return
-            fault: str | None = faults[0]
+            fault: _Fault | None = faults[0]
         else:
             fault = ranks.on_rank_0(pending.manifest.result)
         self._pending = None
@@ -189,15 +198,16 @@ class CheckpointSaver:
             fragments=layout.fragments,
         )
 
-    def _lack_of_room(self) -> str | None:
+    def _lack_of_room(self) -> _Fault | None:
         """What the disk lacks for the checkpoint that is in host memory now, on all ranks together."""
         size_bytes = sum(ranks.gather(self._buffers.size_bytes)) + SPARE_BYTES * distributed.get_world_size()
         free_bytes = ranks.on_rank_0(lambda: shutil.disk_usage(self._checkpoints).free)
         if free_bytes >= size_bytes:
             return None
-        return f"it takes {format_bytes(size_bytes)}, and {self._checkpoints} has {format_bytes(free_bytes)} free"
+        reason = f"it takes {format_bytes(size_bytes)}, and {self._checkpoints} has {format_bytes(free_bytes)} free"
+        return _Fault("disk", reason)
 
-    def _begin_to_complete(self, pending: _Pending, files: Files) -> Future[str | None]:
+    def _begin_to_complete(self, pending: _Pending, files: Files) -> Future[_Fault | None]:
         if distributed.get_rank() != 0:
             return self._writer.submit(lambda: None)
         manifest = Manifest(
@@ -210,19 +220,20 @@ class CheckpointSaver:
         )
         return self._writer.submit(_complete, pending.folder, manifest, self._settings)
 
-    def _give_up(self, folder: Path, fault: str, must_succeed: bool) -> None:
+    def _give_up(self, folder: Path, fault: _Fault, must_succeed: bool) -> None:
         if distributed.get_rank() == 0:
             with contextlib.suppress(OSError):  # of a disk that has become read-only
                 remove(folder)
         if must_succeed or self._settings.on_failure == "stop":
             raise CheckpointError(
-                f"{folder.name} was not saved: {fault}; earlier checkpoints are untouched; make room or choose another "
-                "--run-dir, then start again: the run goes on from the last one"
+                f"{folder.name} was not saved: {fault.reason}; earlier checkpoints are untouched; make room or choose "
+                "another --run-dir, then start again: the run goes on from the last one",
+                cause=fault.cause,
             )
         logger.warning(
             "%s was not saved: %s; earlier checkpoints are untouched; the run goes on, and tries again at the next one",
             folder.name,
-            fault,
+            fault.reason,
         )
 
 
@@ -239,29 +250,38 @@ def _deepspeed_writes_to(snapshot: Snapshot, engine: DeepSpeedEngine) -> Iterato
         del engine._copy_recovery_script
 
 
-def _make_folder(folder: Path) -> str | None:
+def _make_folder(folder: Path) -> _Fault | None:
     """An empty one, in the place of what an earlier save may have left. Returns what went wrong."""
     try:
         remove(folder)
         folder.mkdir(parents=True)
     except OSError as error:
-        return f"rank 0: {error.filename or folder} could not be written: {error.strerror}"
+        return _not_written(error, folder)
     return None
 
 
-def _lack_of_memory(snapshot: Snapshot) -> str | None:
+def _not_written(error: OSError, path: Path) -> _Fault:
+    """By rank 0, at `path` where the system does not say which."""
+    return _Fault(cause_of(error), f"rank 0: {error.filename or path} could not be written: {error.strerror}")
+
+
+def _with_ranks(faults: Iterable[_Fault | None]) -> list[_Fault]:
+    """Those that there are, of each rank in order, and whose they are."""
+    return [
+        fault._replace(reason=f"rank {rank}: {fault.reason}") for rank, fault in enumerate(faults) if fault is not None
+    ]
+
+
+def _lack_of_memory(snapshot: Snapshot) -> _Fault | None:
     """What keeps a rank from having its state in host memory too; collective."""
-    faults = ranks.gather(_fault_of(snapshot.allocate))
-    return next(
-        (f"rank {rank}: no host memory: {fault}" for rank, fault in enumerate(faults) if fault is not None), None
-    )
+    return next(iter(_with_ranks(ranks.gather(_fault_of(snapshot.allocate)))), None)
 
 
-def _fault_of(work: Callable[[], None]) -> str | None:
+def _fault_of(work: Callable[[], None]) -> _Fault | None:
     try:
         work()
     except (MemoryError, RuntimeError) as error:
-        return first_line(error)
+        return _Fault("out_of_memory", f"no host memory: {first_line(error)}")
     return None
 
 
@@ -272,7 +292,7 @@ def _write(folder: Path, copied: Future[None], files: Mapping[Path, object]) -> 
     return {path.relative_to(folder).as_posix(): record for path, record in records.items()}
 
 
-def _complete(folder: Path, manifest: Manifest, settings: Checkpoint) -> str | None:
+def _complete(folder: Path, manifest: Manifest, settings: Checkpoint) -> _Fault | None:
     """On rank 0's writing thread: from here on the checkpoint counts, and what it replaces may go.
 
     Returns what went wrong.
@@ -281,7 +301,7 @@ def _complete(folder: Path, manifest: Manifest, settings: Checkpoint) -> str | N
         write_manifest(folder, manifest)
         write_latest(folder.parent, folder)
     except OSError as error:
-        return f"rank 0: {error.filename or folder} could not be written: {error.strerror}"
+        return _not_written(error, folder)
     try:
         remove_old(folder.parent, folder, settings.keep_last, settings.keep_every)
     except OSError as error:
@@ -294,9 +314,9 @@ def _is_busy(pending: _Pending) -> bool:
     return not (pending.manifest or pending.files).done()
 
 
-def _outcome(files: Future[Files]) -> tuple[Files, str | None]:
+def _outcome(files: Future[Files]) -> tuple[Files, _Fault | None]:
     """What a rank has written, and what stopped it."""
     try:
         return files.result(), None
     except Exception as error:
-        return {}, first_line(error)
+        return {}, _Fault(cause_of(error), first_line(error))

@@ -133,7 +133,7 @@ def write_files(files: Mapping[Path, Any]) -> dict[Path, FileRecord]:
     records = {path: _write(path, content) for path, content in files.items()}
     for path, record in records.items():
         if record_of(path) != record:
-            raise CheckpointError(f"{path}: reads back otherwise than it was written")
+            raise CheckpointError(f"{path}: reads back otherwise than it was written", cause="disk")
     for folder in {path.parent for path in files}:
         sync_folder(folder)
     return records

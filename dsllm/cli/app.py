@@ -13,7 +13,20 @@ from typing import Annotated
 import typer
 
 from dsllm import __version__
-from dsllm.cli import calibrate, check, checkpoints, data, doctor, estimate, launch, models, plan, spec, tokenizer
+from dsllm.cli import (
+    calibrate,
+    check,
+    checkpoints,
+    data,
+    doctor,
+    estimate,
+    hostfile,
+    launch,
+    models,
+    plan,
+    spec,
+    tokenizer,
+)
 from dsllm.cli.plain import PlainGroup
 from dsllm.errors import DsllmError
 
@@ -61,6 +74,7 @@ app.add_typer(calibrate.app)
 app.add_typer(tokenizer.app, name="tokenizer", epilog="Example: dsllm tokenizer train quickstart")
 app.add_typer(data.app, name="data", epilog="Example: dsllm data prepare quickstart")
 app.add_typer(check.app)
+app.add_typer(hostfile.app)
 app.add_typer(doctor.app)
 app.add_typer(launch.app)
 app.add_typer(checkpoints.app, name="checkpoints", epilog="Example: dsllm checkpoints list runs/quickstart")

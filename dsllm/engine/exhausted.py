@@ -42,7 +42,7 @@ def explained(needs: Needs, memory: MemoryMeter, otherwise: str) -> Iterator[Non
     except Exception as error:
         if not is_exhaustion(error):
             raise
-        raise OneRankError(explanation(needs, memory, otherwise, str(error))) from error
+        raise OneRankError(explanation(needs, memory, otherwise, str(error)), cause="out_of_memory") from error
 
 
 def is_exhaustion(error: Exception) -> bool:

@@ -145,7 +145,8 @@ class Judge:
         if fault.outcome == "spoiled":
             raise TrainingError(
                 f"step {step}: {said}; the run stops before it saves spoiled weights; resume with a lower "
-                "optimizer.learning_rate or a longer schedule.warmup_steps"
+                "optimizer.learning_rate or a longer schedule.warmup_steps",
+                cause="non_finite",
             )
         logger.warning("step %d: %s", step, said)
         if fault.outcome == "recovered":
@@ -154,7 +155,8 @@ class Judge:
             raise TrainingError(
                 f"step {step}: {said}; that makes {self._num_faults} in a row, guards.nonfinite_limit; the run stops, "
                 "its earlier checkpoints are untouched; resume with a lower optimizer.learning_rate, a longer "
-                "schedule.warmup_steps, or training.precision bf16 instead of fp16"
+                "schedule.warmup_steps, or training.precision bf16 instead of fp16",
+                cause="non_finite",
             )
 
     def _sentence(self, fault: Fault, samples: range) -> str:

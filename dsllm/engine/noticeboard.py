@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch.distributed as distributed
 
-from dsllm.engine.reports import Report
+from dsllm.engine.reports import Finding, Report
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Verdict(NamedTuple):
     """Why the run ends before its time: the first reason that any rank gave."""
 
     by_rank: int
-    reason: str
+    finding: Finding
 
 
 class Noticeboard(threading.Thread):
@@ -43,7 +43,7 @@ class Noticeboard(threading.Thread):
         self._store = distributed.PrefixStore(run, distributed.TCPStore(address, port, is_master=False))
         self._make_report = make_report
         self._read_ranks = list(read_ranks)
-        self._proposal: str | None = None
+        self._proposal: Finding | None = None
         self._has_verdict = threading.Event()
         self._is_closed = False
         self._wake = threading.Event()
@@ -62,12 +62,12 @@ class Noticeboard(threading.Thread):
         self._has_verdict.wait(timeout_seconds)
         return self.verdict
 
-    def propose(self, reason: str, timeout_seconds: float) -> Verdict:
-        """Make `reason` the verdict unless there is one. Returns what is; `reason` too where the store is silent."""
-        self._proposal = reason
+    def propose(self, finding: Finding, timeout_seconds: float) -> Verdict:
+        """Make `finding` the verdict unless there is one. Returns what is; `finding` too where the store is silent."""
+        self._proposal = finding
         self._wake.set()
         self._has_verdict.wait(timeout_seconds if self.is_alive() else 0)
-        return self.verdict or Verdict(self._rank, reason)
+        return self.verdict or Verdict(self._rank, finding)
 
     def wait_for_readers(self, get_ranks: Callable[[], Iterable[int]], timeout_seconds: float) -> None:
         """Until each of those ranks has read the verdict, or leaves by itself."""
@@ -109,7 +109,8 @@ class Noticeboard(threading.Thread):
         verdict, *texts = self._store.multi_get([_VERDICT, *map(str, self._read_ranks)])
         self.reports = {report.rank: report for report in map(Report.from_json, texts)}
         if verdict and self.verdict is None:
-            self.verdict = Verdict(*json.loads(verdict))
+            by_rank, (cause, reason, ranks) = json.loads(verdict)
+            self.verdict = Verdict(by_rank, Finding(cause, reason, tuple(ranks)))
             self._post()  # that this rank knows
             self._has_verdict.set()
 

@@ -7,7 +7,7 @@ import signal
 
 import psutil
 
-from dsllm.engine.reports import Report
+from dsllm.engine.reports import Finding, Report
 
 SILENT_SECONDS = 15.0
 """Without a report, which a thread makes every two seconds whatever the rank is at."""
@@ -30,7 +30,7 @@ class Peer:
         self._silent_seconds = 0.0
         self._gone_seconds = 0.0
 
-    def look(self, report: Report | None, seconds: float) -> str | None:
+    def look(self, report: Report | None, seconds: float) -> Finding | None:
         """What is wrong, if anything, `seconds` after the last look; `report` is the latest that was read."""
         is_new = report is not None and report.beat != self._last.beat
         self._silent_seconds = 0.0 if is_new else self._silent_seconds + seconds
@@ -38,10 +38,11 @@ class Peer:
         self._last = report or self._last
         if self._last.is_leaving:
             return None
+        name, place, ranks = self._last.name, self._last.place, (self._last.rank,)
         if self._gone_seconds >= GONE_SECONDS:
-            return f"{self._last.name}: its process ended without a word, last in {self._last.place}"
+            return Finding("lost_rank", f"{name}: its process ended without a word, last in {place}", ranks)
         if self.is_silent:
-            return f"{self._last.name}: not heard of for {SILENT_SECONDS:g} s, last in {self._last.place}"
+            return Finding("lost_host", f"{name}: not heard of for {SILENT_SECONDS:g} s, last in {place}", ranks)
         return None
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,8 +15,10 @@ import torch
 import torch.distributed as distributed
 from deepspeed.accelerator import get_accelerator
 
-from dsllm.errors import DsllmError, UserError
+from dsllm.engine.last_words import cause_of
+from dsllm.errors import Cause, DsllmError, UserError
 from dsllm.launch.devices import num_cores
+from dsllm.launch.placement import take_place
 
 T = TypeVar("T")
 
@@ -37,19 +38,17 @@ def join(patience_seconds: float = 1800.0) -> World:
 
     `patience_seconds` is how long a collective may wait for a rank before it fails.
     """
-    if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    place = take_place(os.environ)
     if device_type() == "cuda":
         # DeepSpeed chooses the device only with the engine, and the first words between ranks come before that.
-        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+        get_accelerator().set_device(place.local_rank)
     else:
         # Serves DeepSpeed's inference only, and is compiled at the first start: no compiler is needed without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = get_accelerator().communication_backend_name()
     deepspeed.init_distributed(backend, timeout=timedelta(seconds=patience_seconds))
     size = distributed.get_world_size()
-    local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size)
+    local_size = place.local_size or size
     if device_type() == "cpu":
         torch.set_num_threads(max(1, num_cores() // local_size))
         atexit.register(_leave)
@@ -119,15 +118,15 @@ def on_rank_0(work: Callable[[], T]) -> T:
     outcome: list[Any] = [None]
     if distributed.get_rank() == 0:
         try:
-            outcome = [(work(), None, 0)]
+            outcome = [(work(), None)]
         except Exception as error:
-            outcome = [(None, str(error), getattr(error, "exit_code", 1))]
+            outcome = [(None, _told(error))]
             distributed.broadcast_object_list(outcome)
             raise
     distributed.broadcast_object_list(outcome)
-    value, fault, exit_code = outcome[0]
+    value, fault = outcome[0]
     if fault is not None:
-        raise _from_another_rank(fault, exit_code)
+        raise _from_another_rank(*fault)
     return cast(T, value)
 
 
@@ -139,20 +138,20 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         fault = error
-    faults = gather(fault and (str(fault), getattr(fault, "exit_code", 1)))
+    faults = gather(fault and _told(fault))
     if fault is not None:
         raise fault
     for rank, other in enumerate(faults):
         if other is not None:
-            raise _from_another_rank(f"rank {rank}: {other[0]}", other[1])
+            message, exit_code, cause = other
+            raise _from_another_rank(f"rank {rank}: {message}", exit_code, cause)
 
 
-def _from_another_rank(message: str, exit_code: int) -> DsllmError:
-    return UserError(message) if exit_code == UserError.exit_code else DsllmError(message)
+def _told(error: Exception) -> tuple[str, int, Cause]:
+    """What the other ranks have to know of it."""
+    return str(error), getattr(error, "exit_code", 1), cause_of(error)
 
 
-def _free_port() -> int:
-    """A TCP port of this host that nothing listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def _from_another_rank(message: str, exit_code: int, cause: Cause) -> DsllmError:
+    kind = UserError if exit_code == UserError.exit_code else DsllmError
+    return kind(message, cause=cause, is_own=False)

@@ -5,8 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
+from dsllm.errors import Cause
 from dsllm.units import format_duration
+
+
+class Finding(NamedTuple):
+    """What is wrong with some rank."""
+
+    cause: Cause
+    reason: str
+    ranks: tuple[int, ...]
+    """Those it is about; none where all are alike."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Report:
         return f"step {self.step}, {self.phase}" if self.step else self.phase
 
 
-def find_hang(reports: Sequence[Report]) -> str | None:
+def find_hang(reports: Sequence[Report]) -> Finding | None:
     """The rank that keeps the others waiting longer than it may, None where none does.
 
     That is the one which has come least far, so a rank ahead of it never counts as hanging, however long it waits.
@@ -58,6 +69,8 @@ def find_hang(reports: Sequence[Report]) -> str | None:
         return None
     idle = format_duration(min(report.idle_seconds for report in behind))
     if 1 < len(behind) == len(reports):
-        return f"no rank has made progress for {idle}, and none is behind the others: {behind[0].place}"
+        reason = f"no rank has made progress for {idle}, and none is behind the others: {behind[0].place}"
+        return Finding("hang", reason, ())
     names = ", ".join(report.name for report in behind)
-    return f"{names}: no progress for {idle}, in {behind[0].place}; the other ranks wait"
+    reason = f"{names}: no progress for {idle}, in {behind[0].place}; the other ranks wait"
+    return Finding("hang", reason, tuple(report.rank for report in behind))

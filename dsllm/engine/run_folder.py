@@ -12,6 +12,7 @@ from typing import Any
 
 from dsllm import __version__
 from dsllm.data.shards import manifest_hash, read_manifest
+from dsllm.engine.rank_output import goes_to_log, log_file
 from dsllm.spec.load import dump_spec
 from dsllm.spec.sections import Spec
 
@@ -58,17 +59,18 @@ def make_passport(spec: Spec, world_size: int, device: str, data: Path) -> dict[
 
 
 def log_to(folder: Path, rank: int) -> None:
-    """Everything to `rank<r>.log`; what dsllm itself says on rank 0 to stderr too.
+    """Everything to `rank<r>.log`; what dsllm itself says on rank 0 to stderr too, unless that is the same file.
 
     An entry's own `on_screen` decides otherwise, on any rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(folder / f"rank{rank}.log")
+    file = logging.FileHandler(log_file(folder, rank))
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     screen = logging.StreamHandler(sys.stderr)
     screen.setFormatter(logging.Formatter("%(message)s"))
     screen.addFilter(lambda entry: getattr(entry, "on_screen", rank == 0 and entry.name.startswith("dsllm")))
-    logging.basicConfig(level=logging.INFO, handlers=[file, screen], force=True)
+    handlers = [file] if goes_to_log(rank) else [file, screen]
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.captureWarnings(True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # its lines hold whole addresses, signatures included
     for library in ("DeepSpeed", "transformers"):  # they print by themselves unless told to leave it to the root

@@ -17,11 +17,12 @@ from typing import TextIO
 import psutil
 import torch.distributed as distributed
 
-from dsllm.engine import ranks
+from dsllm.engine import last_words, ranks
 from dsllm.engine.activity import LONG_SECONDS, Activity
 from dsllm.engine.noticeboard import Noticeboard, Verdict
 from dsllm.engine.peers import SILENT_SECONDS, Peer
-from dsllm.engine.reports import Report, find_hang
+from dsllm.engine.rank_output import log_file
+from dsllm.engine.reports import Finding, Report, find_hang
 from dsllm.errors import DsllmError, TrainingError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ GRACE_SECONDS = 5.0
 """For the main thread to come to the same end by itself; and for the others to read why rank 0 ends."""
 BACKSTOP_SECONDS = 30.0
 """Beyond the limit, for a rank whose interpreter is locked, so that no thread of it can end it."""
+EXIT_STATUS = 1
 STDERR = 2  # by its number: sys.stderr may be none that a fault handler can write to
 COLLECTIVES = os.path.dirname(distributed.__file__)
 
@@ -49,8 +51,8 @@ def watch(world: ranks.World, logs: Path, hang_seconds: float) -> Iterator[Activ
     Collective, at its start and at its end. What this rank raises ends the others. Where it raises only because another
     one failed or died, a TrainingError with that rank's reason is raised in its place.
     """
-    with (logs / f"rank{world.rank}.log").open("a") as log, _fault_handler(log):
-        watchdog = Watchdog(world, log, hang_seconds)
+    with log_file(logs, world.rank).open("a") as log, _fault_handler(log):
+        watchdog = Watchdog(world, logs, log, hang_seconds)
         watchdog.start()
         try:
             yield watchdog.activity
@@ -72,12 +74,12 @@ class Watchdog(threading.Thread):
     processes they can see.
     """
 
-    def __init__(self, world: ranks.World, log: TextIO, hang_seconds: float) -> None:
-        """`log` takes the stacks. Collective."""
+    def __init__(self, world: ranks.World, logs: Path, log: TextIO, hang_seconds: float) -> None:
+        """`logs` takes this rank's last words, `log` the stacks. Collective."""
         super().__init__(name="watchdog", daemon=True)
         self.activity = Activity()
         self._rank, self._host = world.rank, socket.gethostname()
-        self._log = log
+        self._logs, self._log = logs, log
         self._hang_seconds = hang_seconds
         self._beats = itertools.count()
         self._idle_seconds = 0.0
@@ -122,12 +124,17 @@ class Watchdog(threading.Thread):
         self._ending.acquire()  # or wait here for the end of the process
         logger.error("ends by %s: %s", type(error).__name__, error, extra={"on_screen": False})
         reason = f"rank {self._rank} on {self._host}: {type(error).__name__}: {_first_line(error)}"
-        verdict = self._board.verdict or self._board.propose(reason, GRACE_SECONDS)
+        finding = Finding(last_words.cause_of(error), reason, (self._rank,))
+        verdict = self._board.verdict or self._board.propose(finding, GRACE_SECONDS)
         self._leave()
         is_known_to_all = isinstance(error, DsllmError) and not is_broken_connection
         if verdict.by_rank == self._rank or is_known_to_all:
             return None
-        return TrainingError(f"{verdict.reason}; the same command goes on from the last checkpoint")
+        return TrainingError(
+            f"{verdict.finding.reason}; the same command goes on from the last checkpoint",
+            cause=verdict.finding.cause,
+            is_own=self._rank in verdict.finding.ranks,
+        )
 
     def stop(self) -> None:
         """Say goodbye, and look no more."""
@@ -138,13 +145,17 @@ class Watchdog(threading.Thread):
     def _end_if_it_must(self) -> None:
         """With the process, where there is a reason to."""
         self._verdict_age_seconds += POLL_SECONDS if self._board.verdict else 0.0
-        reason = self._find_fault()
-        is_due = self._verdict_age_seconds >= GRACE_SECONDS or reason is not None
+        finding = self._find_fault()
+        is_due = self._verdict_age_seconds >= GRACE_SECONDS or finding is not None
         if not is_due or not self._ending.acquire(blocking=False):
             return
-        self._end_process(self._board.verdict or self._board.propose(str(reason), GRACE_SECONDS))
+        verdict = self._board.verdict
+        if verdict is None:
+            assert finding is not None
+            verdict = self._board.propose(finding, GRACE_SECONDS)
+        self._end_process(verdict)
 
-    def _find_fault(self) -> str | None:
+    def _find_fault(self) -> Finding | None:
         """What ends the run, as far as this rank can see, where no rank has seen it yet."""
         if self._board.verdict is not None:
             return None
@@ -158,11 +169,13 @@ class Watchdog(threading.Thread):
         for peer in self._peers.values():
             peer.kill_if_silent()
         is_first = verdict.by_rank == self._rank
-        message = f"{verdict.reason}; the same command goes on from the last checkpoint"
+        cause, reason, about = verdict.finding
+        message = f"{reason}; the same command goes on from the last checkpoint"
+        last_words.write(self._logs, self._rank, cause, EXIT_STATUS, message, is_own=self._rank in about)
         logger.critical("%s", message, extra={"on_screen": is_first or self._rank == 0})
         self._leave()
         logging.shutdown()
-        os._exit(1)
+        os._exit(EXIT_STATUS)
 
     def _leave(self) -> None:
         """Rank 0 takes the store with it: it stays until the others know why, or are gone."""

@@ -6,9 +6,11 @@ take them from the variables of the job: `SLURM_NTASKS`, `SLURM_EXPORT_ENV` and 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 from dsllm.errors import UserError
+from dsllm.launch.allocation import expand_nodelist
 from dsllm.launch.hostfile import Host
 
 _FIRST_SPECIAL_STEP = 0xFFFF_FFF0
@@ -18,40 +20,61 @@ _FIRST_PORT = 10_000
 _NUM_PORTS = 20_000
 """Below the ports that Linux hands out itself, from 32768."""
 
+_OPTIONS_OF_THE_JOB = (
+    "SLURM_GPUS",  # of the whole job: more than a step on one of its hosts can have
+    "SLURM_GPUS_PER_SOCKET",
+    "SLURM_GPUS_PER_TASK",  # would leave one GPU to a shell that is to count them
+    "SLURM_NTASKS_PER_GPU",  # excludes --ntasks-per-node
+    "SLURM_TRES_PER_TASK",
+    "SLURM_CPUS_PER_TASK",  # with ranks on fewer hosts than the job has, more than there are
+    "SRUN_CPUS_PER_TASK",
+)
+"""Variables that srun reads as options, and no option of its own takes back. Without them a step has all that its job
+has on the host."""
+
 _SHARED_OPTIONS = (
     "--overlap",  # a step keeps what it has from other steps, and ranks and shells would wait for each other
-    "--cpu-bind=none",  # else one core a task, for its data loading and its communication too
     "--mpi=none",  # ranks meet at MASTER_ADDR; a PMI would only open ports
     "--export=ALL",  # a job that was submitted with --export=NONE hands that on
 )
 
 
-def srun_command(hosts: Sequence[Host], ranks_per_host: int, command: Sequence[str]) -> list[str]:
-    """Starts `command` once for each rank: `ranks_per_host` on each of `hosts`, which are in the allocation's order.
+_IGNORED = "trap '' USR1 USR2"
+"""Slurm sends these to every process of a step: they would end shells, and ranks that do not answer them yet."""
+
+
+def srun_command(
+    hosts: Sequence[Host], ranks_per_host: int, command: Sequence[str], environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """Starts `command` once for each rank, `ranks_per_host` on each of `hosts`, which are `in_allocation_order`.
 
     A rank has `SLURM_PROCID`, `SLURM_LOCALID` and `SLURM_NODEID` for rank, local rank and node rank. Output is not
-    buffered where Python's is not (`python -u`): srun's `--unbuffered` would give ranks a terminal.
+    buffered where Python's is not (`python -u`): srun's `--unbuffered` would give ranks a terminal. SIGUSR1, SIGUSR2,
+    SIGTERM and SIGINT that srun gets go to every rank. It ends with the highest status of all, which is 143 for those
+    that it ended itself because one failed. `environment` is that of srun, this process's own when absent.
     """
     return [
-        "srun",
+        *_srun(environment),
         f"--nodes={len(hosts)}",
         f"--ntasks={len(hosts) * ranks_per_host}",
         f"--ntasks-per-node={ranks_per_host}",
         f"--nodelist={','.join(host.name for host in hosts)}",
         "--distribution=block",  # rank 8 is the first of the second host, as other launchers have it
         *_SHARED_OPTIONS,
+        "--cpu-bind=none",  # else one core a rank, for its data loading and its communication too
         "--overcommit",  # a job may have fewer cores than GPUs
         "--gpu-bind=none",  # ranks see all GPUs of their host and take the one of their local rank
         "--kill-on-bad-exit=1",  # else the others wait in a collective for a rank that failed
         "--input=none",
+        *("sh", "-c", f'{_IGNORED}; exec "$@"', "sh"),
         *command,
     ]
 
 
-def srun_one(host: str, shell_command: str) -> list[str]:
+def srun_one(host: str, shell_command: str, environment: Mapping[str, str] | None = None) -> list[str]:
     """Runs a shell command on one host of the allocation, beside the ranks; stdin, stdout and stderr are this end's."""
     return [
-        "srun",
+        *_srun(environment),
         "--nodes=1",
         "--ntasks=1",
         "--ntasks-per-node=1",
@@ -60,8 +83,31 @@ def srun_one(host: str, shell_command: str) -> list[str]:
         "--quiet",
         "sh",
         "-c",
-        shell_command,
+        f"{_IGNORED}; {shell_command}",
     ]
+
+
+def _srun(environment: Mapping[str, str] | None) -> list[str]:
+    """`srun` without the options of the job that it would take from its environment."""
+    present = os.environ if environment is None else environment
+    unset = [word for name in _OPTIONS_OF_THE_JOB if name in present for word in ("-u", name)]
+    return ["env", *unset, "srun"] if unset else ["srun"]
+
+
+def in_allocation_order(hosts: Sequence[Host], environment: Mapping[str, str]) -> list[Host]:
+    """`hosts` as srun orders them whatever `--nodelist` says, so that the first is that of rank 0.
+
+    Raises UserError where one is not in the job.
+    """
+    listed = environment.get("SLURM_JOB_NODELIST", "")
+    place = {name: index for index, name in enumerate(expand_nodelist(listed, "SLURM_JOB_NODELIST"))}
+    for host in hosts:
+        if host.name not in place:
+            raise UserError(
+                f"host '{host.name}': not one of this Slurm job's, which are {listed}; "
+                "name hosts as Slurm does, or leave --hostfile out"
+            )
+    return sorted(hosts, key=lambda host: place[host.name])
 
 
 def in_step(environment: Mapping[str, str]) -> bool:

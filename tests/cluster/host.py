@@ -18,7 +18,17 @@ from typing import IO
 
 import pytest
 
-from tests.cluster.isolation import SEARCH_PATH, HostProcess, Isolation, Process, lacks, send, wait_until
+from tests.cluster.isolation import (
+    SEARCH_PATH,
+    TOOLS_ALONE,
+    HostProcess,
+    Isolation,
+    Process,
+    lacks,
+    send,
+    tool,
+    wait_until,
+)
 
 SSH_PORT = 22
 CORES = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -27,7 +37,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELI
 
 SSHD_CONFIG = """\
 Port {port}
-HostKey {folder}/host_key
+HostKey "{folder}/host_key"
 PidFile none
 StrictModes no
 UsePAM no
@@ -124,7 +134,10 @@ class Host:
 
     @contextlib.contextmanager
     def cut(self) -> Iterator[None]:
-        """Its cable is pulled, at the far end: the host keeps its address, and nothing reaches or leaves it."""
+        """Its cable is pulled, at the far end: the host keeps its address, and nothing reaches or leaves it.
+
+        Afterwards others that have looked for it in vain may take some seconds to look again, as with real hosts.
+        """
         self.hub.do(f"ip link set {self.name} down")
         try:
             yield
@@ -132,11 +145,12 @@ class Host:
             self.plug_in()
 
     def plug_in(self) -> None:
-        """Connects its cable, and returns when the switch passes on what comes through it, up to a second later."""
+        """Connects its cable, and returns when both ends have noticed, which can take the kernel a second."""
         self.hub.do(f"ip link set {self.name} up")
-        show = ["bridge", "link", "show", "dev", self.name]
-        forwards = "state forwarding"
-        wait_until(lambda: forwards in self.hub.run(show, env={"PATH": SEARCH_PATH}).stdout, f"{self.name}: {forwards}")
+        switch = ["bridge", "link", "show", "dev", self.name]
+        wait_until(lambda: "state forwarding" in self.hub.run(switch, env=TOOLS_ALONE).stdout, f"{self.name} is linked")
+        own = ["cat", "/sys/class/net/eth0/operstate"]
+        wait_until(lambda: self.run(own).stdout == "up\n", f"eth0 of {self.name} is up")
 
     def block_port(self, port: int) -> contextlib.AbstractContextManager[None]:
         """What comes for TCP port `port` is dropped. Skips the test where there is no iptables."""
@@ -226,9 +240,7 @@ class Host:
         config = self.folder / "sshd_config"
         config.write_text(SSHD_CONFIG.format(port=SSH_PORT, folder=self.folder, environment=environment))
         with (self.folder / "sshd.log").open("a") as log:
-            self._sshd = self.isolation.popen(
-                ["/usr/sbin/sshd", "-D", "-e", "-f", config], env={"PATH": SEARCH_PATH}, stderr=log
-            )
+            self._sshd = self.isolation.popen([tool("sshd"), "-D", "-e", "-f", config], env=TOOLS_ALONE, stderr=log)
         listeners = ["ss", "-Htln", f"sport = :{SSH_PORT}"]  # a connection to try it would take one of its sessions
         wait_until(lambda: self.run(listeners).stdout, f"sshd of {self.name} listens; {self.folder}/sshd.log says why")
 

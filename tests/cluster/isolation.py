@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-TOOLS = ("unshare", "nsenter", "setsid", "mount", "ip", "sshd", "ssh", "ssh-keygen", "pdsh")
+TOOLS = ("unshare", "nsenter", "setsid", "env", "mount", "ip", "sshd", "ssh", "ssh-keygen", "pdsh")
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+TOOLS_ALONE = {"PATH": SEARCH_PATH}
 SPACES = ("--net", "--mount", "--uts", "--ipc", "--pid")
 UNSHARE = (*SPACES, "--fork", "--mount-proc")
-START_SECONDS = 20.0
+PATIENCE_SECONDS = 20.0
 # Ignoring SIGCHLD lets the kernel reap what is orphaned; a first process that does not would collect zombies.
 FIRST_PROCESS = """
 import signal, sys
@@ -42,6 +43,10 @@ class HostProcess(subprocess.Popen[str]):
         inside = _children(self.pid)
         if self.poll() is None and inside:
             send(inside[0], sig)
+
+    def wake(self) -> None:
+        """Lets both go on where they are stopped."""
+        super().send_signal(signal.SIGCONT)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Isolation:
 
     outer_pid: int
     """Of the first process, in this process's numbers."""
+    started: list[HostProcess] = field(default_factory=list, repr=False)
 
     def popen(
         self,
@@ -72,14 +78,15 @@ class Isolation:
         stderr: int | IO[str] | None = None,
     ) -> HostProcess:
         """Starts `arguments` inside, as the leader of a session of its own, with `env` for its whole environment."""
-        enter = [_tool("nsenter"), "--target", str(self.outer_pid), *SPACES]
+        enter = [tool("nsenter"), "--target", str(self.outer_pid), *SPACES]
         inside = [
             "/bin/sh",
             "-c",
             'cd "$1" && shift && exec "$@"',
             "sh",
             str(cwd),
-            _tool("setsid"),
+            tool("setsid"),
+            *(tool("env"), "--default-signal"),  # a shell that runs the tests in the background has SIGINT ignored
             *map(str, arguments),
         ]
         process = HostProcess(
@@ -91,6 +98,7 @@ class Isolation:
             text=True,
             start_new_session=True,
         )
+        self.started[:] = [each for each in self.started if each.returncode is None] + [process]
         wait_until(lambda: _children(process.pid) or process.poll() is not None, f"{arguments[0]} starts")
         return process
 
@@ -119,7 +127,7 @@ class Isolation:
 
     def do(self, script: str) -> None:
         """Runs a shell script of the tests' own inside; raises AssertionError with what it said where it fails."""
-        result = self.run(["/bin/sh", "-ec", script], env={"PATH": SEARCH_PATH})
+        result = self.run(["/bin/sh", "-ec", script], env=TOOLS_ALONE)
         assert result.returncode == 0, f"{script}\nexits {result.returncode}: {result.stderr.strip()}"
 
     def processes(self) -> list[Process]:
@@ -138,23 +146,30 @@ class Isolation:
 @contextlib.contextmanager
 def isolated() -> Iterator[Isolation]:
     """A fresh isolation; all that runs in it is killed at the end."""
-    command = [_tool("unshare"), *UNSHARE, "--", sys.executable, "-ISc", FIRST_PROCESS]
-    pipe = subprocess.PIPE
+    command = [tool("unshare"), *UNSHARE, "--", sys.executable, "-ISc", FIRST_PROCESS]
+    pipe, started = subprocess.PIPE, list[HostProcess]()
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "up\n", f"{shlex.join(command)} does not start"
-            yield Isolation(_children(process.pid)[0])
+            made = Isolation(_children(process.pid)[0])
+            started = made.started
+            yield made
         finally:
+            # The first process cannot end before each `nsenter` has taken note, which one that is stopped does not.
+            for each in started:
+                each.wake()
             assert process.stdin is not None
             process.stdin.close()
-            process.wait(START_SECONDS)
+            process.wait(PATIENCE_SECONDS)
+            for each in started:
+                each.wait(PATIENCE_SECONDS)
 
 
 def connect(place: Isolation, interface: str, other: Isolation, other_interface: str) -> None:
     """A cable between the two: an interface in each."""
     # Of the isolation only the network is entered: `ip` is to know the other by its process number out here.
-    enter = [_tool("nsenter"), "--target", str(place.outer_pid), "--net", _tool("ip"), "link", "add", interface]
+    enter = [tool("nsenter"), "--target", str(place.outer_pid), "--net", tool("ip"), "link", "add", interface]
     other_end = ["type", "veth", "peer", "name", other_interface, "netns", str(other.outer_pid)]
     subprocess.run([*enter, *other_end], check=True)
 
@@ -176,11 +191,14 @@ def why_not() -> str | None:
 @functools.cache
 def lacks(script: str) -> str | None:
     """What `script` says on stderr where it fails in an isolation of its own; None where it succeeds."""
-    command = [_tool("unshare"), *UNSHARE, "--", "/bin/sh", "-ec", script]
-    result = subprocess.run(
-        command, env={"PATH": SEARCH_PATH}, stdin=subprocess.DEVNULL, capture_output=True, text=True
-    )
+    command = [tool("unshare"), *UNSHARE, "--", "/bin/sh", "-ec", script]
+    result = subprocess.run(command, env=TOOLS_ALONE, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     return f"{script}: {result.stderr.strip()}" if result.returncode else None
+
+
+def tool(name: str) -> str:
+    """Its path, so that a test may start commands with any PATH."""
+    return shutil.which(name, path=SEARCH_PATH) or name
 
 
 def send(outer_pid: int, sig: int) -> None:
@@ -197,15 +215,10 @@ def send(outer_pid: int, sig: int) -> None:
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
     """Looks again and again; raises AssertionError where `condition` has not come about in time."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
-        assert time.monotonic() < deadline, f"not within {START_SECONDS:.0f} s: {what}"
+        assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS:.0f} s: {what}"
         time.sleep(0.02)
-
-
-def _tool(name: str) -> str:
-    """Its path, so that a test may start commands with any PATH."""
-    return shutil.which(name, path=SEARCH_PATH) or name
 
 
 def _children(outer_pid: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -108,7 +109,8 @@ def remount(disk: Path, options: str) -> None:
 
 
 def attempt(arguments: list[str]) -> dict[str, Any]:
-    """dsllm/train.py with `arguments`, on every rank together: its exit status and what it wrote to stderr."""
+    """dsllm/train.py with `arguments`, on every rank together: its exit status, what it wrote to stderr, and the cause
+    that it left in its last words."""
     from dsllm.train import main
 
     if distributed.is_initialized():
@@ -121,7 +123,14 @@ def attempt(arguments: list[str]) -> dict[str, Any]:
             status = main()
     finally:
         sys.argv = before
-    return {"status": status, "stderr": errors.getvalue()}
+    return {"status": status, "stderr": errors.getvalue(), "cause": cause_left_in(arguments)}
+
+
+def cause_left_in(arguments: list[str]) -> str | None:
+    """By this rank, in the folder of the run."""
+    run = Path(arguments[len(arguments) - 1 - arguments[::-1].index("--run-dir") + 1])
+    words = run / "logs" / f"rank{distributed.get_rank() if distributed.is_initialized() else 0}.ended.json"
+    return json.loads(words.read_text())["cause"] if words.is_file() else None
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ def one_line(outcome: dict[str, Any], status: int) -> str:
 
 
 def test_a_finished_run_is_told_so_and_left_alone(told, folder: Path) -> None:
-    assert told["first"]["status"] == 0
+    assert (told["first"]["status"], told["first"]["cause"]) == (0, None)
     assert "trained to step 4 of 4" in one_line(told["finished already"], 0)
     assert [record["step"] for record in records(folder / "run")] == [1, 2, 3, 4]
 
@@ -116,6 +116,7 @@ def test_damage_is_named_before_anything_is_loaded_and_the_run_goes_back(told, f
 def test_a_copy_that_fails_on_one_rank_is_no_checkpoint_and_no_end_before_the_last(told, folder: Path) -> None:
     assert "global_step2 was not saved: rank 1: MemoryError" in told["copy fails"]["stderr"]
     assert "global_step4 was not saved: rank 1: MemoryError" in one_line(told["copy fails"], 1)
+    assert told["copy fails"]["cause"] == "out_of_memory"
     assert list((folder / "run-4" / "checkpoints").iterdir()) == []
 
 
@@ -127,10 +128,12 @@ def test_where_nothing_is_sound_the_run_ends_with_1_and_says_so(told) -> None:
 
 def test_a_corrupt_shard_is_found_by_its_checksum_and_named(told) -> None:
     assert "corpus-train-00000.bin" in one_line(told["corrupt shard"], 2)
+    assert told["corrupt shard"]["cause"] == "user_error"
 
 
 def test_losses_that_are_not_numbers_stop_the_run_with_step_ranks_and_samples(told) -> None:
     line = one_line(told["too high a rate"], 1)
+    assert told["too high a rate"]["cause"] == "non_finite"
     assert line.startswith("step 4: the loss of rank 0 is not finite, on samples 24 to 27; the loss of rank 1 is not ")
     assert "that makes 3 in a row, guards.nonfinite_limit; the run stops" in line
 
@@ -144,6 +147,7 @@ def on_small_disk(told, small_disk: Path | None) -> dict[str, Any]:
 
 def test_a_disk_without_room_is_foretold_and_found_before_anything_is_written(on_small_disk) -> None:
     line = one_line(on_small_disk["full disk, to stop"], 1)
+    assert on_small_disk["full disk, to stop"]["cause"] == "disk"
     assert "global_step4 was not saved: it takes 3." in line
     told = on_small_disk["full disk"]
     assert "and the run comes to need" in told["stderr"]
@@ -157,6 +161,7 @@ def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(on_small_disk) -> No
     line = one_line(on_small_disk["filled up meanwhile"], 1)
     assert "global_step6 was not saved: rank" in line
     assert "could not be written: No space left on device" in line
+    assert on_small_disk["filled up meanwhile"]["cause"] == "disk"
     assert on_small_disk["left on it"] == {"global_step2": True, "latest": False}
 
 
@@ -164,7 +169,8 @@ def test_a_read_only_disk_is_named_and_with_room_the_run_goes_on(on_small_disk, 
     assert "could not be written: Read-only file system; earlier checkpoints are" in one_line(
         on_small_disk["read-only"], 1
     )
-    assert on_small_disk["with room"]["status"] == 0
+    assert on_small_disk["read-only"]["cause"] == "disk"
+    assert (on_small_disk["with room"]["status"], on_small_disk["with room"]["cause"]) == (0, None)
     assert [record["step"] for record in records(small_disk)] == [1, 2, 3, 4, 5, 6]
 
 

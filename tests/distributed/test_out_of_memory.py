@@ -36,7 +36,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def last_line(outcome: dict[str, Any]) -> str:
-    assert outcome["status"] == 1, outcome
+    assert (outcome["status"], outcome["cause"]) == (1, "out_of_memory"), outcome
     assert "Traceback" not in outcome["stderr"]
     return outcome["stderr"].strip().splitlines()[-1]
 

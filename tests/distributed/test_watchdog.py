@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -50,6 +52,20 @@ def last_entry(run: Path, rank: int) -> str:
     return re.findall(r"^\S+ \S+ (?:ERROR|CRITICAL) [\w.]+: (.*)", log_of(run, rank), re.MULTILINE)[-1]
 
 
+def words_of(run: Path, rank: int) -> dict[str, Any] | None:
+    """What a rank has left to be read by programs; a process that is killed leaves nothing."""
+    path = run / "logs" / f"rank{rank}.ended.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def check_words(run: Path, rank: int, cause: str, *, is_own: bool) -> None:
+    """The same as its log's last entry, or as its error."""
+    words = words_of(run, rank)
+    assert words is not None
+    assert (words["cause"], words["is_own"], words["exit_status"]) == (cause, is_own, 1)
+    assert words["rank"] == rank
+
+
 def check_end(result: RankResult, seconds: float, limit_seconds: float) -> None:
     """Non-zero, in time, and nothing is left."""
     assert result.returncode != 0
@@ -64,6 +80,8 @@ def test_a_rank_that_sleeps_for_ever_is_named_and_every_rank_leaves_its_stacks(c
     assert named.search(result.rank_outputs[0])
     for rank in (0, 1):
         assert named.match(last_entry(tmp_path / "run", rank))
+        check_words(tmp_path / "run", rank, "hang", is_own=rank == 1)
+        assert named.match(words_of(tmp_path / "run", rank)["message"])
     assert re.search(r"distributed_c10d.py.*\n(.*\n)*.*in train_step", log_of(tmp_path / "run", 0))
     assert re.search(r"faulty_rank.py.*\n(.*\n)*.*in train_step", log_of(tmp_path / "run", 1))
 
@@ -74,6 +92,8 @@ def test_a_rank_that_exits_without_a_word_is_named_by_the_other(corpus: Path, tm
     named = re.compile(r"rank 1 on \S+: its process ended without a word, last in .*; " + GO_ON)
     assert named.match(last_entry(tmp_path / "run", 0))
     assert named.search(result.rank_outputs[0])
+    check_words(tmp_path / "run", 0, "lost_rank", is_own=False)
+    assert words_of(tmp_path / "run", 1) is None
 
 
 def test_where_rank_0_is_killed_and_the_store_with_it_the_others_say_so(corpus: Path, tmp_path: Path) -> None:
@@ -82,6 +102,7 @@ def test_where_rank_0_is_killed_and_the_store_with_it_the_others_say_so(corpus: 
     for rank in (1, 2):
         assert "rank 0 on " in result.rank_outputs[rank]
         assert "its process ended without a word" in last_entry(tmp_path / "run", rank)
+        check_words(tmp_path / "run", rank, "lost_rank", is_own=False)
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -90,6 +111,7 @@ def test_a_stopped_rank_is_not_heard_of_and_does_not_stay_behind(corpus: Path, t
     check_end(result, seconds, SILENT_SECONDS)
     assert f"rank {rank} on " in result.rank_outputs[1 - rank]
     assert "not heard of for 15 s" in last_entry(tmp_path / "run", 1 - rank)
+    check_words(tmp_path / "run", 1 - rank, "lost_host", is_own=False)
 
 
 @pytest.mark.slow
@@ -107,6 +129,9 @@ def test_what_one_rank_raises_alone_is_what_the_others_end_with(corpus: Path, tm
     last_line = result.rank_outputs[0].strip().splitlines()[-1]
     assert re.match(r"rank 1 on \S+: ValueError: this rank has had enough; " + GO_ON, last_line)
     assert "in read_faulty" in log_of(tmp_path / "run", 1)
+    for rank in (0, 1):
+        check_words(tmp_path / "run", rank, "fault", is_own=rank == 1)
+    assert words_of(tmp_path / "run", 1)["message"] == "ValueError: this rank has had enough"
 
 
 def test_a_launch_saves_at_sigusr1_goes_on_and_ends_when_a_rank_is_killed(corpus: Path, tmp_path: Path) -> None:
