@@ -461,7 +461,7 @@ def test_a_host_that_is_lost_does_not_keep_the_others_from_being_examined(tmp_pa
         report = examine(hosts, wanted)
     assert list(report.failed) == ["gone"]
     assert report.healthy == ["here"]
-    assert report.verdict == "gone: not ready: reach: ssh: connect to host gone: Connection refused"
+    assert report.verdict == "gone: not ready: ssh: connect to host gone: Connection refused"
 
 
 def test_facts_have_the_form_that_they_are_read_in():

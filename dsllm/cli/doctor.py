@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -14,6 +15,7 @@ from dsllm.cli.options import AsJson, Overrides
 if TYPE_CHECKING:
     from dsllm.launch.doctor.doctor import Report, Wanted
     from dsllm.launch.doctor.finding import Finding
+    from dsllm.launch.hostfile import Host
     from dsllm.launch.topology import Topology
 
 app = typer.Typer(rich_markup_mode=None)
@@ -107,19 +109,29 @@ def _wanted(spec: str | None, overrides: list[str], topology: Topology, run_dir:
     from dsllm.plan.batch import check_batch
     from dsllm.spec.load import load_spec
 
+    hosts = _selected(topology)
     if spec is None:
         if overrides:
             raise UserError("--set: nothing to override without SPEC; give a spec, or remove --set")
-        return Wanted(topology.hosts, run_dir=Path(run_dir or "runs"), on_cpu=topology.on_cpu)
+        return Wanted(hosts, run_dir=Path(run_dir or "runs"), on_cpu=topology.on_cpu)
     loaded = load_spec(spec, overrides)
     check_batch(loaded.batch, topology.world_size)
     return Wanted(
-        topology.hosts,
+        hosts,
         spec=loaded,
         spec_file=Path(spec) if Path(spec).is_file() else None,
         run_dir=Path(run_dir or f"runs/{loaded.name}"),
         on_cpu=topology.on_cpu,
     )
+
+
+def _selected(topology: Topology) -> tuple[Host, ...]:
+    """The hosts; on this machine alone with the GPUs that CUDA_VISIBLE_DEVICES selects by their numbers."""
+    numbers = [int(device) for device in topology.devices if device.isdecimal()]
+    if not numbers:
+        return topology.hosts
+    (own,) = topology.hosts
+    return (replace(own, chosen=tuple(sorted(numbers))),)
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------
@@ -177,8 +189,6 @@ def _lines(findings: Sequence[Finding]) -> list[str]:
 
 def as_document(report: Report) -> dict[str, Any]:
     """The report as JSON has it; bytes and seconds are plain numbers."""
-    from dataclasses import asdict
-
     return {
         "ready": report.is_ready,
         "verdict": report.verdict,

@@ -69,7 +69,7 @@ def finding(result: subprocess.CompletedProcess[str], check: str, host: str = "h
     assert result.returncode == 1, result.stdout + result.stderr
     found = re.search(rf"^{host}: {check} failed: (.+\n    -> .+)$", result.stdout, re.MULTILINE)
     assert found, result.stdout + result.stderr
-    assert re.search(rf"^{host}: not ready: ", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(rf"^{host}: not ready", result.stdout, re.MULTILINE), result.stdout
     return found[1]
 
 

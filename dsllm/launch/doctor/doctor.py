@@ -87,11 +87,13 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """One line: `2 hosts, ready`, or the hosts that are not and the first reason."""
+        """One line: `2 hosts, ready`, or the hosts that are not, and of one alone why."""
         if self.is_ready:
             return f"{f'{len(self.hosts)} hosts' if len(self.hosts) > 1 else self.hosts[0]}, ready"
-        first = next(iter(self.failed.values()))[0]
-        return f"{listed(self.failed)}: not ready: {first.check}: {first.found}"
+        failed = self.failed
+        first = next(iter(failed.values()))[0]
+        why = f": {first.found}" if len(failed) == 1 else ""
+        return f"{listed(failed)}: not ready{why}"
 
 
 def examine(hosts: Hosts, wanted: Wanted, quick: bool = True) -> Report:
@@ -243,7 +245,8 @@ def _look_at_links(ward: Ward, rendezvous: Rendezvous | None, on_cpu: bool) -> L
         why = "needs two hosts that run the same and reach one port"
         ward.findings += [Finding(name, "link", "skipped", why) for name in ward.names]
         return None
-    links, findings = measure_links(ward.hosts, names, rendezvous, on_cpu)
+    measured = [host for host in ward.wanted.hosts if host.name in names]
+    links, findings = measure_links(ward.hosts, measured, rendezvous, on_cpu)
     ward.findings += findings
     return links
 
