@@ -51,8 +51,9 @@ def srun_command(
     A rank has `SLURM_PROCID`, `SLURM_LOCALID` and `SLURM_NODEID` for rank, local rank and node rank. Output is not
     buffered where Python's is not (`python -u`): srun's `--unbuffered` would give ranks a terminal.
 
-    Stop it with SIGUSR2: srun hands that and SIGUSR1 on to every rank, kills them all at SIGTERM and SIGHUP, and answers
-    SIGINT itself. It ends with the highest status of all, which is 143 for those that it ends because one failed.
+    Stop it with SIGUSR2: srun hands that and SIGUSR1 on to every rank, kills them all at SIGTERM and SIGHUP, and
+    answers SIGINT itself. It ends with the highest status of all, which is 143 for ranks that it ends because one
+    failed.
     `environment` is that of srun, this process's own when absent.
     """
     return [
