@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from dsllm.launch.doctor.doctor import Report, Wanted
     from dsllm.launch.doctor.finding import Finding
     from dsllm.launch.hostfile import Host
+    from dsllm.launch.topology import Topology
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -47,17 +49,25 @@ def doctor(
         Optional[str],  # noqa: UP045
         typer.Option("--spec", metavar="SPEC", help="The same, as dsllm/train.py has it."),
     ] = None,
+    num_gpus: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--num-gpus", min=1, help="Ranks on each host; every slot when absent."),
+    ] = None,
+    num_nodes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--num-nodes", min=1, help="Only the first hosts."),
+    ] = None,
     hostfile: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--hostfile", metavar="FILE", help="Hosts and their slots; this machine alone when absent."),
     ] = None,
     include: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--include", metavar="HOSTS", help="Only these of the hostfile: worker-1@worker-2:0,2"),
+        typer.Option("--include", metavar="HOSTS", help="Only these hosts, or slots: worker-1@worker-2:0,2."),
     ] = None,
     exclude: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--exclude", metavar="HOSTS", help="All of the hostfile but these, written in the same way."),
+        typer.Option("--exclude", metavar="HOSTS", help="All but these hosts, or slots."),
     ] = None,
     run_dir: Annotated[
         Optional[str],  # noqa: UP045
@@ -68,11 +78,14 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Check every host before a run: reachable, alike, large enough, and fast enough between each other."""
-    from dsllm.launch.doctor.doctor import examine, way_to
+    from dsllm.cli.launch import topology_of
+    from dsllm.launch.doctor.doctor import examine
     from dsllm.launch.hosts import Hosts
+    from dsllm.launch.launchers import choose_launcher, way_to_hosts
 
-    wanted = _wanted(_one_spec(spec, spec_option), overrides or [], _hosts(hostfile, include, exclude), run_dir)
-    with Hosts([host.name for host in wanted.hosts], way_to) as hosts:
+    topology = topology_of(hostfile, num_nodes, num_gpus, include, exclude)
+    wanted = _wanted(_one_spec(spec, spec_option), overrides or [], topology, run_dir)
+    with Hosts(topology.names, way_to_hosts(choose_launcher(None, topology), topology)) as hosts:
         report = examine(hosts, wanted, quick)
     if as_json:
         typer.echo(json.dumps(as_document(report), indent=2))
@@ -89,37 +102,36 @@ def _one_spec(argument: str | None, option: str | None) -> str | None:
     return argument if option is None else option
 
 
-def _hosts(hostfile: str | None, include: str | None, exclude: str | None) -> Sequence[Host]:
-    """Of the hostfile; else this machine, with a slot for each rank that a launch would start."""
-    import socket
-
-    from dsllm.errors import UserError
-    from dsllm.launch.hostfile import Host, read_hostfile, select_hosts
-    from dsllm.launch.topology import count_gpus, local_topology
-
-    if hostfile is not None:
-        return select_hosts(read_hostfile(hostfile), include, exclude)
-    if include is not None or exclude is not None:
-        raise UserError("--include, --exclude: given without a hostfile; add --hostfile, which names the hosts")
-    return [Host(socket.gethostname(), local_topology(None, count_gpus()).ranks_per_host)]
-
-
-def _wanted(spec: str | None, overrides: list[str], hosts: Sequence[Host], run_dir: str | None) -> Wanted:
-    """Raises UserError for a spec that is none, or does not divide over the slots."""
+def _wanted(spec: str | None, overrides: list[str], topology: Topology, run_dir: str | None) -> Wanted:
+    """Raises UserError for a spec that is none, or whose batch does not divide over the slots."""
     from dsllm.errors import UserError
     from dsllm.launch.doctor.doctor import Wanted
     from dsllm.plan.batch import check_batch
-    from dsllm.spec.load import PRESETS, find_spec, load_spec
+    from dsllm.spec.load import load_spec
 
+    hosts = _selected(topology)
     if spec is None:
         if overrides:
             raise UserError("--set: nothing to override without SPEC; give a spec, or remove --set")
-        return Wanted(tuple(hosts), run_dir=Path(run_dir or "runs"))
+        return Wanted(hosts, run_dir=Path(run_dir or "runs"), on_cpu=topology.on_cpu)
     loaded = load_spec(spec, overrides)
-    check_batch(loaded.batch, sum(host.slots for host in hosts))
-    file = find_spec(spec)
-    is_preset = file.parent == PRESETS
-    return Wanted(tuple(hosts), loaded, None if is_preset else file, run_dir=Path(run_dir or f"runs/{loaded.name}"))
+    check_batch(loaded.batch, topology.world_size)
+    return Wanted(
+        hosts,
+        spec=loaded,
+        spec_file=Path(spec) if Path(spec).is_file() else None,
+        run_dir=Path(run_dir or f"runs/{loaded.name}"),
+        on_cpu=topology.on_cpu,
+    )
+
+
+def _selected(topology: Topology) -> tuple[Host, ...]:
+    """The hosts; on this machine alone with the GPUs that CUDA_VISIBLE_DEVICES selects by their numbers."""
+    numbers = [int(device) for device in topology.devices if device.isdecimal()]
+    if not numbers:
+        return topology.hosts
+    (own,) = topology.hosts
+    return (replace(own, chosen=tuple(sorted(numbers))),)
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------
@@ -131,13 +143,16 @@ def print_report(report: Report) -> None:
     from dsllm.launch.doctor.link import summary
 
     shown = _shown(report)
-    print_table(["host", *COLUMNS], [[host, *(_cell(report, host, column) for column in COLUMNS)] for host in shown])
+    if shown:
+        print_table(
+            ["host", *COLUMNS], [[host, *(_cell(report, host, column) for column in COLUMNS)] for host in shown]
+        )
     if len(shown) < len(report.hosts):
         typer.echo(f"{len(report.hosts) - len(shown)} more hosts: ok\n")
     for outcome in ("failed", "warned"):
         for line in _lines([finding for finding in report.findings if finding.outcome == outcome]):
             typer.echo(line)
-    if report.rendezvous is not None and len(report.hosts) > 1:
+    if report.is_ready and report.rendezvous is not None and len(report.hosts) > 1:
         typer.echo(f"ranks meet at {report.rendezvous.address}, port {report.rendezvous.port}")
     if report.links is not None:
         typer.echo(summary(report.links))
@@ -174,8 +189,6 @@ def _lines(findings: Sequence[Finding]) -> list[str]:
 
 def as_document(report: Report) -> dict[str, Any]:
     """The report as JSON has it; bytes and seconds are plain numbers."""
-    from dataclasses import asdict
-
     return {
         "ready": report.is_ready,
         "verdict": report.verdict,

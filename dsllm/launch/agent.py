@@ -252,20 +252,21 @@ def connect(address: str, port: int, word: str, patience: float) -> dict[str, An
     return {"error": None, "interface": interface_of(own), "address": own, "peer": peer}
 
 
-def reach(targets: list[str], port: int, word: str, patience: float) -> dict[str, dict[str, Any]]:
-    """`connect` to the port at every one of these addresses and names at once, by target."""
-    found = {target: {"error": "timed out"} for target in targets}
+def reach(targets: list[list[Any]], word: str, patience: float) -> list[dict[str, Any]]:
+    """`connect` to every one of these `[address, port]` at once, in their order."""
+    found: list[dict[str, Any]] = [{"error": "timed out"} for _ in targets]
 
-    def reach_one(target: str) -> None:
-        found[target] = connect(target, port, word, patience)
+    def reach_one(number: int) -> None:
+        address, port = targets[number]
+        found[number] = connect(address, port, word, patience)
 
-    threads = [threading.Thread(target=reach_one, args=(target,), daemon=True) for target in targets]
+    threads = [threading.Thread(target=reach_one, args=(number,), daemon=True) for number in range(len(targets))]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + 2 * patience  # of a resolver that hangs
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    return dict(found)
+    return list(found)
 
 
 def addresses() -> list[list[str]]:

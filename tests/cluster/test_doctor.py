@@ -69,7 +69,7 @@ def finding(result: subprocess.CompletedProcess[str], check: str, host: str = "h
     assert result.returncode == 1, result.stdout + result.stderr
     found = re.search(rf"^{host}: {check} failed: (.+\n    -> .+)$", result.stdout, re.MULTILINE)
     assert found, result.stdout + result.stderr
-    assert re.search(rf"^{host}: not ready: ", result.stdout, re.MULTILINE), result.stdout
+    assert re.search(rf"^{host}: not ready", result.stdout, re.MULTILINE), result.stdout
     return found[1]
 
 
@@ -106,6 +106,7 @@ def test_the_report_is_json_too_and_nothing_is_left_behind(examine, pair, tmp_pa
         "address": pair.hosts[0].address,
         "port": 29500,
         "interfaces": {"host-a": "eth0", "host-b": "eth0"},
+        "own_addresses": {host.name: host.address for host in pair.hosts},
     }
     assert document["hosts"]["host-b"]["host_name"] == "host-b"
     assert document["links"] is None

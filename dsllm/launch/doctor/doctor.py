@@ -15,15 +15,15 @@ from dsllm.launch.doctor.facts import Facts, FolderFacts, Links
 from dsllm.launch.doctor.finding import Check, Finding, failures, listed
 from dsllm.launch.doctor.machine import judge_clock, judge_machines, offset_outside
 from dsllm.launch.doctor.measure import measure_links
+from dsllm.launch.doctor.mesh import find_unreached
 from dsllm.launch.doctor.needs import Needs, predict
 from dsllm.launch.doctor.reach import unreachable
 from dsllm.launch.doctor.rendezvous import PREFERRED_PORT, Rendezvous, find_rendezvous
 from dsllm.launch.doctor.software import PACKAGES, judge_software
 from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_unprepared
 from dsllm.launch.hostfile import Host
-from dsllm.launch.hosts import ANSWER_SECONDS, Agent, HostError, Hosts, on_this_machine, over_ssh
+from dsllm.launch.hosts import ANSWER_SECONDS, Agent, HostError, Hosts
 from dsllm.launch.launchers import TRAIN_SCRIPT
-from dsllm.launch.topology import is_this_machine
 from dsllm.plan.hardware import CPU
 from dsllm.spec.derived import data_directory
 from dsllm.spec.sections import Spec
@@ -78,7 +78,8 @@ class Report:
     @property
     def healthy(self) -> list[str]:
         """Hosts that nothing speaks against."""
-        return [host for host in self.hosts if host not in self.failed]
+        failed = self.failed
+        return [host for host in self.hosts if host not in failed]
 
     @property
     def is_ready(self) -> bool:
@@ -86,16 +87,13 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """One line: `2 hosts, ready`, or the hosts that are not and the first reason."""
+        """One line: `2 hosts, ready`, or the hosts that are not, and of one alone why."""
         if self.is_ready:
             return f"{f'{len(self.hosts)} hosts' if len(self.hosts) > 1 else self.hosts[0]}, ready"
-        first = next(iter(self.failed.values()))[0]
-        return f"{listed(self.failed)}: not ready: {first.check}: {first.found}"
-
-
-def way_to(host: str, line: str) -> list[str]:
-    """A `Way`: ssh, which this machine does not need to itself."""
-    return on_this_machine(host, line) if is_this_machine(host) else over_ssh(host, line)
+        failed = self.failed
+        first = next(iter(failed.values()))[0]
+        why = f": {first.found}" if len(failed) == 1 else ""
+        return f"{listed(failed)}: not ready{why}"
 
 
 def examine(hosts: Hosts, wanted: Wanted, quick: bool = True) -> Report:
@@ -116,6 +114,8 @@ def examine(hosts: Hosts, wanted: Wanted, quick: bool = True) -> Report:
     if ward.names:
         rendezvous, of_port = find_rendezvous(hosts, ward.names, wanted.port)
         ward.findings += of_port
+        if rendezvous is not None and len(ward.names) > 1:
+            ward.findings += find_unreached(hosts, rendezvous.own_addresses)
     links = None if quick else _look_at_links(ward, rendezvous, on_cpu)
     order = {host.name: number for number, host in enumerate(wanted.hosts)}
     return Report(
@@ -245,7 +245,8 @@ def _look_at_links(ward: Ward, rendezvous: Rendezvous | None, on_cpu: bool) -> L
         why = "needs two hosts that run the same and reach one port"
         ward.findings += [Finding(name, "link", "skipped", why) for name in ward.names]
         return None
-    links, findings = measure_links(ward.hosts, names, rendezvous, on_cpu)
+    measured = [host for host in ward.wanted.hosts if host.name in names]
+    links, findings = measure_links(ward.hosts, measured, rendezvous, on_cpu)
     ward.findings += findings
     return links
 

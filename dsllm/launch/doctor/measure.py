@@ -11,6 +11,7 @@ from dsllm.launch.doctor.facts import Links
 from dsllm.launch.doctor.finding import Finding
 from dsllm.launch.doctor.link import judge_links
 from dsllm.launch.doctor.rendezvous import OPEN_PORTS, Rendezvous
+from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import ANSWER_SECONDS, HostError, Hosts
 from dsllm.launch.launchers import TRAIN_SCRIPT
 
@@ -21,32 +22,35 @@ MEETING_SECONDS = 30.0
 
 
 def measure_links(
-    hosts: Hosts, names: Sequence[str], rendezvous: Rendezvous, on_cpu: bool
+    hosts: Hosts, measured: Sequence[Host], rendezvous: Rendezvous, on_cpu: bool
 ) -> tuple[Links | None, list[Finding]]:
     """One rank on each of these hosts, two or more, the first of which the rendezvous is on."""
-    outputs: dict[str, Any] = hosts.ask_all("run", LINK_SECONDS + ANSWER_SECONDS, _ranks(names, rendezvous, on_cpu))
+    names = [host.name for host in measured]
+    ranks = _ranks(measured, rendezvous, on_cpu)
+    outputs: dict[str, Any] = hosts.ask_all("run", LINK_SECONDS + ANSWER_SECONDS, ranks)
     failed = {name: why for name in names if (why := _why_failed(outputs[name])) is not None}
     if failed:
         return None, [Finding(name, "link", "failed", why, _remedy(why)) for name, why in failed.items()]
-    measured = json.loads(outputs[names[0]]["stdout"].splitlines()[-1])
-    links = Links.from_output(measured, names)
+    links = Links.from_output(json.loads(outputs[names[0]]["stdout"].splitlines()[-1]), names)
     return links, judge_links(links, names, rendezvous.interfaces)
 
 
-def _ranks(names: Sequence[str], rendezvous: Rendezvous, on_cpu: bool) -> dict[str, dict[str, Any]]:
+def _ranks(hosts: Sequence[Host], rendezvous: Rendezvous, on_cpu: bool) -> dict[str, dict[str, Any]]:
     """What the agent of each host is to run."""
     shared = {
-        "WORLD_SIZE": str(len(names)),
+        "WORLD_SIZE": str(len(hosts)),
         "MASTER_ADDR": rendezvous.address,
         "MASTER_PORT": str(rendezvous.port),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "dsllm.engine.links", "gloo" if on_cpu else "nccl", str(MEETING_SECONDS)]
     ranks = {}
-    for rank, name in enumerate(names):
-        interface = rendezvous.interfaces.get(name)
+    for rank, host in enumerate(hosts):
+        interface = rendezvous.interfaces.get(host.name)
         named = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-        ranks[name] = {
+        if not on_cpu:
+            named["CUDA_VISIBLE_DEVICES"] = str(host.slot_ids[0])
+        ranks[host.name] = {
             "command": command,
             "environment": {**shared, **named, "RANK": str(rank), "LOCAL_RANK": "0"},
             "folder": str(TRAIN_SCRIPT.parent.parent),  # -m finds it there before any other

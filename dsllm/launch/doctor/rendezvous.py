@@ -29,6 +29,8 @@ class Rendezvous:
     port: int
     interfaces: Mapping[str, str]
     """By host, the interface that leads to the address; a host whose interface has no name is not in it."""
+    own_addresses: Mapping[str, str]
+    """By host, its own address there."""
 
 
 def find_rendezvous(
@@ -58,7 +60,9 @@ def find_rendezvous(
 
 def _alone(host: str, port: int) -> tuple[Rendezvous, list[Finding]]:
     """One host meets itself."""
-    return Rendezvous("127.0.0.1", port, {host: "lo"}), [Finding(host, "port", "passed", str(port))]
+    return Rendezvous("127.0.0.1", port, {host: "lo"}, {host: "127.0.0.1"}), [
+        Finding(host, "port", "passed", str(port))
+    ]
 
 
 def _try_all(
@@ -68,17 +72,16 @@ def _try_all(
     answers = hosts.ask_all(
         "reach",
         each={name: {} for name in names},
-        targets=candidates,
-        port=port,
+        targets=[[candidate, port] for candidate in candidates],
         word=word,
         patience=PATIENCE_SECONDS,
     )
     return {
         candidate: {
-            name: {"error": answer.words} if isinstance(answer, HostError) else answer[candidate]
+            name: {"error": answer.words} if isinstance(answer, HostError) else answer[number]
             for name, answer in answers.items()
         }
-        for candidate in candidates
+        for number, candidate in enumerate(candidates)
     }
 
 
@@ -130,5 +133,8 @@ def _meeting_at(candidate: str, port: int, tried: Mapping[str, Tried]) -> Rendez
     peers = Counter(one["peer"] for one in tried.values())
     address = candidate if len(peers) > 1 else next(iter(peers))
     return Rendezvous(
-        address, port, {host: one["interface"] for host, one in tried.items() if one["interface"] is not None}
+        address,
+        port,
+        interfaces={host: one["interface"] for host, one in tried.items() if one["interface"] is not None},
+        own_addresses={host: one["address"] for host, one in tried.items()},
     )

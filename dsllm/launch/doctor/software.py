@@ -23,7 +23,7 @@ def judge_software(facts: Mapping[str, Facts], spec_file: Path | None) -> list[F
     comparable = {host: one for host, one in facts.items() if _minor(one.python) == usual_python}
     return [
         *_python(facts),
-        *(_versions(host, comparable) for host in comparable),
+        *_versions(comparable),
         *(_skipped(host) for host in facts if host not in comparable),
         *_dsllm(facts),
         *(_spec(facts, spec_file) if spec_file is not None else []),
@@ -53,14 +53,20 @@ def _skipped(host: str) -> Finding:
     return Finding(host, "versions", "skipped", "another Python has its packages elsewhere")
 
 
-def _versions(host: str, facts: Mapping[str, Facts]) -> Finding:
-    own = facts[host].versions
+def _versions(facts: Mapping[str, Facts]) -> list[Finding]:
+    versions = {name: {host: one.versions.get(name) for host, one in facts.items()} for name in (*SAME, *SIMILAR)}
+    others = {name: usual(by_host) for name, by_host in versions.items()} if facts else {}
+    return [_versions_of(host, one, others) for host, one in facts.items()]
+
+
+def _versions_of(host: str, facts: Facts, others: Mapping[str, tuple[str | None, str]]) -> Finding:
+    """Against the usual version of each package, and a host that has it."""
+    own = facts.versions
     missing = [name for name in NEEDED if own.get(name) is None]
     if missing:
-        remedy = "install dsllm[train] there into the Python of the ranks: " + facts[host].executable
+        remedy = "install dsllm[train] there into the Python of the ranks: " + facts.executable
         return Finding(host, "versions", "failed", f"{', '.join(missing)} not installed", remedy)
     for names in (SAME, SIMILAR):
-        others = {name: usual({other: one.versions.get(name) for other, one in facts.items()}) for name in names}
         unlike = [name for name in names if own.get(name) != others[name][0]]
         if unlike:
             outcome: Outcome = "failed" if names is SAME else "warned"

@@ -1,0 +1,560 @@
+"""What the doctor makes of what it is told: facts of hosts become findings, each with its remedy.
+
+Nobody here has a GPU or a network of hosts: those facts are made up. Real hosts are in tests/cluster/test_doctor.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsllm.data.shards import MANIFEST_FILE, file_sha256
+from dsllm.engine.links import rounds
+from dsllm.launch.doctor import host_side
+from dsllm.launch.doctor.doctor import Report, Wanted, examine
+from dsllm.launch.doctor.facts import Facts, FolderFacts, GpuFacts, GpuProcess, Links, Pair
+from dsllm.launch.doctor.finding import Finding, listed
+from dsllm.launch.doctor.link import judge_links
+from dsllm.launch.doctor.machine import judge_clock, judge_machines, offset_outside
+from dsllm.launch.doctor.mesh import _blame
+from dsllm.launch.doctor.needs import Needs, predict
+from dsllm.launch.doctor.reach import unreachable
+from dsllm.launch.doctor.rendezvous import _judge, find_rendezvous
+from dsllm.launch.doctor.software import PACKAGES, judge_software
+from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_unprepared
+from dsllm.launch.hostfile import Host
+from dsllm.launch.hosts import HostError, Hosts, on_this_machine
+from dsllm.launch.launchers import TRAIN_SCRIPT
+from dsllm.spec.load import load_spec
+from dsllm.units import GIB
+
+A100 = GpuFacts(0, "NVIDIA A100-SXM4-80GB", 80 * GIB, 79 * GIB)
+VERSIONS = {
+    "torch": "2.13.0",
+    "deepspeed": "0.19.8",
+    "transformers": "5.23.0",
+    "numpy": "2.4.0",
+    "tokenizers": "0.23.0",
+    "safetensors": "0.8.0",
+    "CUDA": "12.8",
+    "NCCL": "2.27.5",
+}
+FACTS = Facts(
+    host_name="node",
+    user="ada (1000)",
+    python="3.11.7",
+    executable="/env/bin/python",
+    versions=VERSIONS,
+    dsllm_version="0.1.0",
+    dsllm_hash="aaaaaaaabbbb",
+    spec_hash="ccccccccdddd",
+    cores=64,
+    memory_bytes=512 * GIB,
+    available_bytes=500 * GIB,
+    shared_memory_bytes=256 * GIB,
+    driver="570.86",
+    driver_error=None,
+    gpus=tuple(replace(A100, index=index) for index in range(8)),
+)
+NEEDS = Needs(peak_bytes=40 * GIB, host_bytes=0, checkpoint_bytes=14 * GIB, keep_last=3, advice="see estimate-memory")
+FOLDER = FolderFacts(None, 100 * GIB, "nfs4", 0, ("a", "b", "c"))
+
+
+def three(**changed: Any) -> dict[str, Facts]:
+    """Hosts a, b and c; what is given is so on b alone."""
+    return {"a": FACTS, "b": replace(FACTS, **changed), "c": FACTS}
+
+
+def wrong(findings: list[Finding]) -> list[tuple[str, str, str, str, str]]:
+    """All that did not pass: host, check, outcome, what was found and the remedy."""
+    return [(one.host, one.check, one.outcome, one.found, one.remedy) for one in findings if one.outcome != "passed"]
+
+
+def of_machines(facts: Mapping[str, Facts], slots: int = 8, needs: Needs | None = NEEDS, on_cpu: bool = False):
+    return wrong(judge_machines(facts, {name: Host(name, slots) for name in facts}, needs, on_cpu))
+
+
+# Reach
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "remedy"),
+    [
+        ("ssh: connect to host b port 22: Connection refused", 255, "start sshd there"),
+        ("ssh: connect to host b port 22: No route to host", 255, "see that it is up, in this network"),
+        ("ssh: connect to host b port 22: Connection timed out", 255, "or leave it out: --exclude b"),
+        ("ssh: Could not resolve hostname b: Name or service not known", 255, "correct the name in the hostfile"),
+        ("ada@b: Permission denied (publickey).", 255, "ssh-copy-id b"),
+        ("Host key verification failed.", 255, "ssh b once by hand"),
+        ("something new", 255, "see what ssh b true says"),
+        ("sh: 1: cd: can't cd to /w{x}", 2, "make /w{x} there too, shared or copied"),
+        ("bash: line 1: /env/python: No such file or directory", 127, "ranks are started with /env/python"),
+        ("SyntaxError: future feature annotations is not defined", 1, "/env/python is too old"),
+        ("no answer within 15 s", None, "or a file system hangs there (df)"),
+    ],
+)
+def test_what_ssh_and_the_shell_say_has_a_remedy(words, status, remedy):
+    finding = unreachable(HostError("b", words, status), "/w{x}", "/env/python")
+    assert (finding.host, finding.outcome, finding.found) == ("b", "failed", words)
+    assert remedy in finding.remedy
+
+
+# Software
+
+
+def test_hosts_that_run_the_same_pass():
+    assert wrong(judge_software(three(), Path("my.yaml"))) == []
+
+
+def test_another_python_fails_and_its_packages_are_not_judged():
+    found = wrong(judge_software(three(python="3.12.1", versions={}), None))
+    assert found == [
+        ("b", "python", "failed", "Python 3.12.1; a has 3.11.7", "install Python 3.11.7 there as /env/bin/python"),
+        ("b", "versions", "skipped", "another Python has its packages elsewhere", ""),
+    ]
+
+
+def test_another_micro_version_of_python_is_a_warning():
+    assert [one[:3] for one in wrong(judge_software(three(python="3.11.9"), None))] == [("b", "python", "warned")]
+
+
+@pytest.mark.parametrize(
+    ("changed", "outcome", "found", "remedy"),
+    [
+        (
+            {"torch": "2.6.0", "deepspeed": "0.16.0"},
+            "failed",
+            "torch 2.6.0, a has 2.13.0; deepspeed 0.16.0, a has 0.19.8",
+            "there: pip install torch==2.13.0 deepspeed==0.19.8",
+        ),
+        ({"NCCL": "2.21.5"}, "failed", "NCCL 2.21.5, a has 2.27.5", "install there the build of torch that a has"),
+        ({"CUDA": None}, "failed", "CUDA None, a has 12.8", "install there the build of torch that a has"),
+        ({"numpy": "1.26.4"}, "warned", "numpy 1.26.4, a has 2.4.0", "there: pip install numpy==2.4.0"),
+        (
+            {"torch": None, "deepspeed": None},
+            "failed",
+            "torch, deepspeed not installed",
+            "install dsllm[train] there into the Python of the ranks: /env/bin/python",
+        ),
+    ],
+)
+def test_another_version_of_a_package_is_named_with_the_usual_one(changed, outcome, found, remedy):
+    facts = three(versions={**VERSIONS, **changed})
+    assert wrong(judge_software(facts, None)) == [("b", "versions", outcome, found, remedy)]
+
+
+def test_of_two_hosts_the_first_has_what_is_usual():
+    facts = {"a": replace(FACTS, python="3.12.1"), "b": FACTS}
+    assert [one[0] for one in wrong(judge_software(facts, None))] == ["b", "b"]
+
+
+def test_sources_of_another_hash_fail_though_the_version_is_the_same():
+    found = wrong(judge_software(three(dsllm_hash="eeeeeeeeffff"), None))
+    remedy = "copy the dsllm of a there, or start from a folder that is shared"
+    assert found == [("b", "dsllm", "failed", "dsllm 0.1.0 (eeeeeeee); a has 0.1.0 (aaaaaaaa)", remedy)]
+
+
+def test_a_spec_that_most_hosts_lack_is_wanting_there():
+    facts = {host: replace(FACTS, spec_hash=None if host != "a" else "ccccccccdddd") for host in "abc"}
+    found = wrong(judge_software(facts, Path("my.yaml")))
+    assert [one[0] for one in found] == ["b", "c"]
+    assert found[0][3:] == ("my.yaml is not there", "copy my.yaml of a there, or use a shared folder")
+
+
+# Machines
+
+
+def test_hosts_with_what_their_ranks_need_pass():
+    assert of_machines(three()) == []
+
+
+def test_more_slots_than_gpus_fail():
+    assert of_machines(three(gpus=FACTS.gpus[:4])) == [
+        ("b", "GPUs", "failed", "4 GPUs for 8 slots", "lower its slots to 4 in the hostfile")
+    ]
+
+
+def test_a_host_without_gpus_among_others_fails():
+    (found,) = of_machines(three(gpus=()))
+    assert found[3:] == ("0 GPUs for 8 slots", "see whether its driver is installed")
+
+
+def test_a_chosen_gpu_that_is_not_there_is_named():
+    host = Host("a", 2, (1, 9))
+    (found,) = wrong(judge_machines({"a": FACTS}, {"a": host}, None, on_cpu=False))[:1]
+    assert found[3] == "8 GPUs, without numbers 9"
+
+
+def test_a_driver_that_fails_is_quoted():
+    (found,) = of_machines(three(gpus=(), driver_error="Unable to determine the device handle for GPU"))
+    assert found[:4] == ("b", "GPUs", "failed", "nvidia-smi: Unable to determine the device handle for GPU")
+    assert "reboot" in found[4]
+
+
+def test_another_model_of_gpu_is_a_warning():
+    gpus = tuple(replace(gpu, name="NVIDIA A100-SXM4-40GB") for gpu in FACTS.gpus)
+    (found,) = of_machines(three(gpus=gpus))
+    assert found[2:4] == ("warned", "NVIDIA A100-SXM4-40GB; a has NVIDIA A100-SXM4-80GB")
+
+
+def test_a_foreign_process_is_named_with_its_user():
+    busy = replace(A100, processes=(GpuProcess(4711, "python", "bob (1001)", 3 * GIB),))
+    (found,) = of_machines(three(gpus=(busy, *FACTS.gpus[1:])))
+    assert found[1:] == (
+        "processes",
+        "failed",
+        "python (process 4711 of bob (1001)) has 3.00 GiB of GPU 0",
+        "wait for it, or end it there: kill 4711",
+    )
+
+
+def test_memory_that_something_holds_is_told_from_memory_that_is_not_there():
+    gpus = (replace(A100, free_bytes=30 * GIB), *FACTS.gpus[1:])
+    (held,) = of_machines(three(gpus=gpus))
+    assert held[1:] == (
+        "memory",
+        "failed",
+        "30.00 GiB of 80.00 GiB free on GPU 0; the run is predicted to need 40.00 GiB",
+        "end what holds it",
+    )
+    (small,) = of_machines({"a": FACTS}, needs=replace(NEEDS, peak_bytes=90 * GIB))
+    assert small[4] == "see estimate-memory"
+
+
+def test_offloaded_states_are_counted_for_every_rank_of_a_host():
+    (found,) = of_machines(three(available_bytes=100 * GIB), needs=replace(NEEDS, host_bytes=20 * GIB))
+    assert found[:4] == (
+        "b",
+        "host memory",
+        "failed",
+        "100.00 GiB of the host's 512.00 GiB free; its ranks are predicted to need 160.00 GiB",
+    )
+
+
+def test_a_small_shared_memory_is_a_warning_where_ranks_share_a_host():
+    facts = {"a": replace(FACTS, shared_memory_bytes=64 * 2**20)}
+    (found,) = of_machines(facts)
+    assert found[1:] == (
+        "GPUs",
+        "warned",
+        "/dev/shm has 64.00 MiB, which NCCL may find too small",
+        "start the container with --shm-size=8g or --ipc=host",
+    )
+    assert of_machines(facts, slots=1) == []
+
+
+def test_on_the_cpu_ranks_need_cores_and_memory():
+    facts = {"a": replace(FACTS, gpus=(), cores=2, available_bytes=GIB)}
+    cores, memory = of_machines(facts, slots=4, on_cpu=True)
+    assert cores[3:] == ("no GPU; 2 cores for 4 slots", "lower its slots to 2 in the hostfile")
+    assert memory[1] == "memory"
+    assert "its ranks are predicted to need 160.00 GiB" in memory[3]
+
+
+@pytest.mark.parametrize(("offset", "outcome"), [(0.4, "passed"), (-4.9, "passed"), (6, "warned"), (-31, "failed")])
+def test_a_clock_is_judged_by_its_offset(offset, outcome):
+    assert judge_clock("b", offset).outcome == outcome
+
+
+def test_what_the_way_may_have_taken_is_no_offset():
+    assert offset_outside(100.0, 109.0, 110.0) == 0
+    assert offset_outside(100.0, 90.0, 110.0) == -10
+    assert offset_outside(100.0, 410.0, 110.0) == 300
+
+
+def test_a_clock_behind_is_told_from_one_ahead():
+    assert judge_clock("b", -300).found == "its clock is 300 s behind this machine's"
+    assert judge_clock("b", 40).found == "its clock is 40 s ahead of this machine's"
+
+
+# Folders
+
+
+def test_a_shared_folder_with_room_passes():
+    assert wrong(judge_folder(Path("runs/x"), dict.fromkeys("abc", FOLDER), NEEDS)) == []
+
+
+def test_a_folder_that_one_host_has_for_itself_is_not_shared():
+    found = {
+        "a": replace(FOLDER, seen=("a", "c")),
+        "b": replace(FOLDER, seen=("b",)),
+        "c": replace(FOLDER, seen=("a", "c")),
+    }
+    (finding,) = wrong(judge_folder(Path("runs/x"), found, NEEDS))
+    assert finding[:4] == ("b", "folder", "failed", "runs/x is not shared: what a writes is not seen there (nfs4)")
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("Permission denied", "let this user write there"),
+        ("Read-only file system", "mount it for writing"),
+        ("Disk quota exceeded", "make room there"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_says_why(error, remedy):
+    found = {"a": FOLDER, "b": replace(FOLDER, error=error, seen=("a",)), "c": FOLDER}
+    (finding,) = wrong(judge_folder(Path("runs/x"), found, NEEDS))
+    assert finding[3] == f"runs/x cannot be written: {error}"
+    assert remedy in finding[4]
+
+
+def test_room_is_wanted_for_one_checkpoint_more_than_are_kept_and_those_there_count():
+    found = {"a": replace(FOLDER, free_bytes=50 * GIB)}
+    (finding,) = wrong(judge_folder(Path("runs/x"), found, NEEDS))
+    assert finding[3] == "50.00 GiB free in runs/x; the run comes to need 56.00 GiB, for 4 checkpoints of 14.00 GiB"
+    assert finding[4] == "make room there, or lower checkpoint.keep_last"
+    assert wrong(judge_folder(Path("runs/x"), {"a": replace(found["a"], checkpoints=1)}, NEEDS)) == []
+
+
+def test_tokens_have_one_manifest_on_all_hosts():
+    assert wrong(judge_data(Path("data/x"), dict.fromkeys("ab", "12345678"))) == []
+    found = wrong(judge_data(Path("data/x"), {"a": "1" * 64, "b": None, "c": "2" * 64}))
+    assert [one[:4] for one in found] == [
+        ("b", "data", "failed", "no tokens in data/x"),
+        ("c", "data", "failed", "other tokens (22222222, a has 11111111) in data/x"),
+    ]
+
+
+def test_tokens_that_are_nowhere_are_a_warning_where_all_hosts_will_see_them():
+    findings = judge_data(Path("data/x"), dict.fromkeys("ab"))
+    assert {one.outcome for one in findings} == {"warned"}
+    assert "rank 0 prepares them at the start" in findings[0].found
+    apart = {"a": replace(FOLDER, seen=("a",)), "b": replace(FOLDER, seen=("b",))}
+    assert [one[:3] for one in wrong(judge_unprepared(Path("data/x"), apart))] == [("b", "data", "failed")]
+
+
+# The network
+
+
+def links(*pairs: tuple[str, str, float, float]) -> Links:
+    return Links("gloo", 1e-4, 1e9, tuple(Pair(*pair) for pair in pairs), len(pairs))
+
+
+def slow_hosts(found: Links) -> list[str]:
+    hosts = sorted({host for pair in found.pairs for host in (pair.first, pair.second)})
+    return [one[0] for one in wrong(judge_links(found, hosts, dict.fromkeys(hosts, "eth0")))]
+
+
+def test_the_host_that_all_slow_pairs_share_is_to_blame():
+    found = links(
+        ("a", "b", 1e-4, 9e9),
+        ("a", "c", 1e-4, 1e9),
+        ("b", "c", 1e-4, 1e9),
+        ("a", "d", 1e-4, 9e9),
+        ("b", "d", 1e-4, 9e9),
+        ("c", "d", 1e-4, 8e8),
+    )
+    assert slow_hosts(found) == ["c"]
+    (finding,) = wrong(judge_links(found, list("abcd"), {"c": "eth7"}))
+    assert finding[3] == "c - d: 800.0 MB/s, 0.10 ms; the median pair has 5.0 GB/s (3 pairs of it are slow)"
+    assert "see the interface there (eth7) with ethtool" in finding[4]
+
+
+def test_of_two_hosts_both_are_named_below_the_floors():
+    assert slow_hosts(links(("a", "b", 1e-4, 99e6))) == ["a", "b"]
+    assert slow_hosts(links(("a", "b", 11e-3, 1e9))) == ["a", "b"]
+    assert slow_hosts(links(("a", "b", 9e-3, 101e6))) == []
+
+
+@pytest.mark.parametrize("size", range(2, 12))
+def test_a_tournament_has_every_pair_once_and_nobody_twice_in_a_round(size):
+    played = list(rounds(size))
+    assert len(played) == size - 1 + size % 2
+    assert all(len({rank for game in games for rank in game}) == 2 * len(games) for games in played)
+    assert sorted(game for games in played for game in games) == [
+        (i, j) for i in range(size) for j in range(i + 1, size)
+    ]
+
+
+def reached(interface: str = "eth0", address: str = "10.0.0.2", peer: str = "10.0.0.1") -> dict[str, Any]:
+    return {"error": None, "interface": interface, "address": address, "peer": peer}
+
+
+def test_a_name_that_is_local_on_the_first_host_gives_way_to_its_address():
+    """Debian's installer writes 127.0.1.1 for the own name into /etc/hosts."""
+    tried = {
+        "a": {"a": reached("lo", "127.0.1.1", "127.0.1.1"), "b": reached()},
+        "172.17.0.1": {"a": reached("docker0"), "b": {"error": "Connection refused"}},
+        "10.0.0.1": {"a": reached(address="10.0.0.1"), "b": reached()},
+    }
+    rendezvous, findings = _judge("a", 29500, tried)
+    assert rendezvous is not None
+    assert (rendezvous.address, rendezvous.port) == ("10.0.0.1", 29500)
+    assert rendezvous.interfaces == {"a": "eth0", "b": "eth0"}
+    assert wrong(findings) == []
+
+
+def test_a_name_is_kept_where_it_means_another_address_to_each_host():
+    tried = {"a": {"a": reached(peer="10.0.0.1"), "b": reached(peer="192.168.0.1")}}
+    rendezvous, _ = _judge("a", 29500, tried)
+    assert rendezvous is not None
+    assert rendezvous.address == "a"
+
+
+def test_hosts_that_do_not_reach_the_best_address_are_named():
+    tried = {
+        "a": {"a": reached(), "b": {"error": "timed out"}, "c": {"error": "timed out"}},
+        "10.0.0.1": {"a": reached(), "b": reached(), "c": {"error": "timed out"}},
+    }
+    rendezvous, findings = _judge("a", 29500, tried)
+    assert rendezvous is None
+    assert [one[:4] for one in wrong(findings)] == [
+        ("c", "port", "failed", "cannot reach port 29500 of a (10.0.0.1): timed out")
+    ]
+
+
+def test_of_hosts_that_cannot_reach_each_other_the_common_one_is_to_blame():
+    assert [one.host for one in _blame({("a", "b"): "timed out", ("c", "b"): "timed out"})] == ["b"]
+    (inward,) = _blame({("a", "b"): "port 7: timed out"})
+    assert (inward.host, inward.found) == ("b", "a cannot reach it (port 7: timed out)")
+    (outward,) = _blame({("a", "b"): "port 7: timed out", ("a", "c"): "port 7: timed out"})
+    assert (outward.host, outward.found) == ("a", "it cannot reach b, c (port 7: timed out)")
+
+
+# This machine
+
+
+def test_agents_on_this_machine_find_a_rendezvous_and_leave_the_port():
+    with Hosts(["a", "b"], on_this_machine) as hosts:
+        for _ in range(2):
+            rendezvous, findings = find_rendezvous(hosts, ["a", "b"], preferred_port=29517)
+            assert wrong(findings) == []
+            assert rendezvous is not None
+            assert rendezvous.port == 29517
+            assert not rendezvous.address.startswith("127.")
+
+
+def test_one_host_meets_itself():
+    with Hosts(["a"], on_this_machine) as hosts:
+        rendezvous, _ = find_rendezvous(hosts, ["a"])
+    assert rendezvous is not None
+    assert (rendezvous.address, rendezvous.interfaces) == ("127.0.0.1", {"a": "lo"})
+
+
+def test_this_machine_is_examined_without_ssh(tmp_path):
+    wanted = Wanted((Host("here", 1),), load_spec("quickstart"), run_dir=tmp_path / "run")
+    with Hosts(["here"], on_this_machine) as hosts:
+        report = examine(hosts, wanted)
+    assert report.is_ready, report.failed
+    assert report.verdict == "here, ready"
+    assert report.facts["here"].python == ".".join(str(part) for part in sys.version_info[:3])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_host_that_is_lost_does_not_keep_the_others_from_being_examined(tmp_path):
+    def way(host: str, line: str) -> list[str]:
+        return [
+            "sh",
+            "-c",
+            line if host == "here" else "echo 'ssh: connect to host gone: Connection refused' >&2; exit 255",
+        ]
+
+    wanted = Wanted((Host("here", 1), Host("gone", 1)), run_dir=tmp_path / "run")
+    with Hosts(["here", "gone"], way) as hosts:
+        report = examine(hosts, wanted)
+    assert list(report.failed) == ["gone"]
+    assert report.healthy == ["here"]
+    assert report.verdict == "gone: not ready: ssh: connect to host gone: Connection refused"
+
+
+def test_facts_have_the_form_that_they_are_read_in():
+    answer = host_side.facts(list(PACKAGES), str(TRAIN_SCRIPT.parent), None)
+    facts = Facts.from_answer(answer)
+    assert facts.versions["numpy"]
+    assert asdict(facts)["dsllm_hash"] == host_side.sources_hash(str(TRAIN_SCRIPT.parent))
+
+
+SMI = """#!/bin/sh
+case $1 in
+*compute-apps*) echo "GPU-1, 4711, 3072, /usr/bin/python, of bob" ;;
+*) echo "0, GPU-0, NVIDIA A100-SXM4-80GB, 81920, 81000, 570.86"
+   echo "1, GPU-1, NVIDIA A100-SXM4-80GB, 81920, 70000, 570.86"
+   echo "2, GPU-2, NVIDIA A100-SXM4-80GB MIG, [N/A], [N/A], 570.86" ;;
+esac
+"""
+
+
+def with_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> dict[str, Any]:
+    """What is found where nvidia-smi is this script: no machine that tests run on has a GPU."""
+    (tmp_path / "nvidia-smi").write_text(script)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return host_side.gpu_facts()
+
+
+def test_the_driver_is_asked_for_gpus_and_their_processes(tmp_path, monkeypatch):
+    found = with_smi(tmp_path, monkeypatch, SMI)
+    assert found["driver"] == "570.86"
+    assert [(gpu["index"], gpu["free_bytes"] >> 20) for gpu in found["gpus"]] == [(0, 81000), (1, 70000)]
+    (process,) = found["gpus"][1]["processes"]
+    assert (process["pid"], process["used_bytes"]) == (4711, 3 * GIB)
+
+
+def test_a_driver_that_fails_or_hangs_is_quoted(tmp_path, monkeypatch):
+    found = with_smi(tmp_path, monkeypatch, "#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
+    assert (found["gpus"], found["driver_error"]) == ([], "NVIDIA-SMI has failed")
+    monkeypatch.setattr(host_side, "SMI_SECONDS", 0.2)
+    found = with_smi(tmp_path, monkeypatch, "#!/bin/sh\nexec sleep 5\n")
+    assert "timed out after 0.2 seconds" in found["driver_error"]
+
+
+def test_a_manifest_has_the_hash_that_a_passport_has(tmp_path):
+    (tmp_path / MANIFEST_FILE).write_text("{}")
+    assert host_side.manifest(str(tmp_path)) == file_sha256(tmp_path / MANIFEST_FILE)
+    assert host_side.manifest(str(tmp_path / "none")) is None
+
+
+def test_a_file_left_in_a_new_folder_is_taken_away_with_the_folder(tmp_path):
+    folder = tmp_path / "runs" / "new"
+    left = host_side.leave_token(str(folder), "token")
+    assert left["error"] is None
+    assert host_side.see_tokens(str(folder), ["token", "other"]) == ["token"]
+    host_side.remove_token(str(folder), "token")
+    host_side.remove_made(left["made"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cuda_is_read_where_torch_keeps_it(tmp_path, monkeypatch):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('it was imported')")
+    (tmp_path / "torch" / "version.py").write_text("from typing import Optional\ncuda: Optional[str] = '12.8'\n")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); "
+        "from dsllm.launch.doctor import host_side; print(host_side.cuda_version())"
+    )
+    command = [sys.executable, "-c", script, tmp_path]
+    assert subprocess.run(command, capture_output=True, text=True, cwd=TRAIN_SCRIPT.parent.parent).stdout == "12.8\n"
+
+
+def test_the_prediction_is_that_of_the_engine():
+    needs = predict(load_spec("quickstart"), 2, "cpu", "cpu", 8 * GIB)
+    assert 0 < needs.peak_bytes < 8 * GIB
+    assert needs.host_bytes == 0
+
+
+# In all
+
+
+def test_a_long_list_of_hosts_is_cut_short():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([str(number) for number in range(1000)]) == "0, 1, 2, 3, 4 and 995 more"
+
+
+def test_of_a_thousand_hosts_only_those_with_something_to_say_are_shown(capsys):
+    from dsllm.cli.doctor import print_report
+
+    names = tuple(f"node-{number}" for number in range(1000))
+    findings = tuple(
+        Finding(name, "reach", "passed" if name != "node-7" else "failed", "", "start it") for name in names
+    )
+    print_report(Report(names, {}, findings, None))
+    shown = capsys.readouterr().out
+    assert "999 more hosts: ok" in shown
+    assert shown.count("node-") == 3  # in the table, with its remedy, and in the verdict
