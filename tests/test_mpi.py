@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -52,3 +53,21 @@ def test_open_mpi_starts_the_ranks_and_ends_them_when_one_fails(tmp_path: Path) 
         ["rank 0, local 0, of 2", "rank 1, local 1, of 2"],
     )
     assert bad.returncode == 3
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="Open MPI is not installed")
+def test_open_mpi_hands_the_signal_to_stop_on_to_every_rank() -> None:
+    script = "trap 'echo asked to stop; exit 0' USR2; echo ready; while true; do sleep 0.1; done"
+    launcher = subprocess.Popen(
+        mpirun_command([Host("localhost", 2)], 2, ["sh", "-c", script]),
+        env={**os.environ, **mpirun_environment()},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    assert [launcher.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    launcher.send_signal(signal.SIGUSR2)
+    printed, _ = launcher.communicate(timeout=60)
+    assert (launcher.returncode, printed) == (0, "asked to stop\n" * 2)

@@ -80,7 +80,15 @@ def launch(
     ] = 29500,
     write_sbatch: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--write-sbatch", metavar="FILE", help="Write a Slurm job script that runs this, and stop."),
+        typer.Option(
+            "--write-sbatch",
+            metavar="FILE",
+            help="Write a script for Slurm's sbatch that runs this on --num-nodes nodes of --num-gpus, and stop.",
+        ),
+    ] = None,
+    sbatch: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--sbatch", metavar="OPTION", help="Of that script, repeatable: --sbatch=--partition=gpu."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run on each host, and stop.")] = False,
     overrides: Overrides = None,
@@ -97,6 +105,14 @@ def launch(
     loaded = load_spec(spec, overrides or ())
     _check_resume(resume)
     stop_after_seconds = None if stop_after is None else parse_duration(stop_after, "--stop-after")
+    if write_sbatch is not None:
+        nodes, ranks = num_nodes or 1, _ranks_of_job(num_gpus, hostfile)
+        check_batch(loaded.batch, nodes * ranks)
+        arguments = _arguments_in_job(spec, run_dir, resume, max_restarts, min_hosts, doctor, overrides or [])
+        _write_sbatch(
+            Path(write_sbatch), loaded, nodes, ranks, Path(run_dir or f"runs/{loaded.name}"), arguments, sbatch
+        )
+        return
     topology = topology_of(hostfile, num_nodes, num_gpus, include, exclude, launcher)
     _check_min_hosts(min_hosts, topology)
     check_batch(loaded.batch, topology.world_size)
@@ -128,7 +144,7 @@ def topology_of(
 ) -> Topology:
     """Where the ranks run. Raises UserError where hosts, slots or GPUs are fewer than asked for."""
     from dsllm.errors import UserError
-    from dsllm.launch.slurm import is_job_of_several_nodes
+    from dsllm.launch.slurm import in_allocation_order, is_job_of_several_nodes
     from dsllm.launch.topology import count_gpus, hostfile_topology, hosts_topology, local_topology
 
     if hostfile is not None:
@@ -136,7 +152,8 @@ def topology_of(
     if launcher == "slurm" or (launcher is None and is_job_of_several_nodes(os.environ)):
         from dsllm.launch.allocation import slurm_hosts
 
-        return hosts_topology("the Slurm job", slurm_hosts(os.environ), num_nodes, num_gpus, include, exclude)
+        hosts = in_allocation_order(slurm_hosts(os.environ), os.environ)
+        return hosts_topology("the Slurm job", hosts, num_nodes, num_gpus, include, exclude)
     for option, given in (("--num-nodes", num_nodes), ("--include", include), ("--exclude", exclude)):
         if given not in (None, 1):
             raise UserError(f"{option}: given {given} without a hostfile; add --hostfile, which names the hosts")
@@ -162,6 +179,57 @@ def _show_dry_run(plan: Plan, topology: Topology, resume: str, stop_after: str |
     names = ", ".join(sorted(forwarded(plan.spec))) or "nothing"
     typer.echo(f"told to every host{', in a private file' if has_file else ''}: {names}")
     typer.echo("address and port are settled, and GPUs looked for, when the hosts are asked")
+
+
+def _ranks_of_job(num_gpus: int | None, hostfile: str | None) -> int:
+    from dsllm.errors import UserError
+
+    if hostfile is not None:
+        raise UserError("--write-sbatch: given with --hostfile; Slurm chooses the hosts: give --num-nodes in its place")
+    if num_gpus is None:
+        raise UserError("--write-sbatch: given without --num-gpus; add it: the job asks for so many GPUs on each node")
+    return num_gpus
+
+
+def _arguments_in_job(
+    spec: str,
+    run_dir: str | None,
+    resume: str,
+    max_restarts: int,
+    min_hosts: int | None,
+    doctor: bool,
+    overrides: list[str],
+) -> list[str]:
+    """What the job gives to `dsllm launch`; defaults are left out."""
+    from dsllm.launch.launchers import train_arguments
+
+    arguments = [*train_arguments(spec, run_dir, resume, overrides), "--launcher", "slurm"]
+    if max_restarts:
+        arguments += ["--max-restarts", str(max_restarts)]
+    if min_hosts is not None:
+        arguments += ["--min-hosts", str(min_hosts)]
+    return arguments if doctor else [*arguments, "--no-doctor"]
+
+
+def _write_sbatch(
+    file: Path, name: str, nodes: int, ranks: int, logs: Path, arguments: list[str], options: list[str]
+) -> None:
+    from dsllm.launch.sbatch import dsllm_program, sbatch_script
+
+    script = sbatch_script(
+        name=name,
+        num_nodes=nodes,
+        ranks_per_node=ranks,
+        program=dsllm_program(),
+        launch_arguments=arguments,
+        working_folder=Path.cwd(),
+        output_folder=logs,
+        on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
+        options=options,
+    )
+    logs.mkdir(parents=True, exist_ok=True)  # a job whose log has no folder fails without a word
+    file.write_text(script)
+    typer.echo(f"{file}: {nodes} x {ranks} ranks; sbatch {file} submits it, its log goes to {logs}")
 
 
 def _conclude(ending: Ending) -> None:

@@ -15,6 +15,7 @@ CURABLE = frozenset({"lost_host", "lost_rank", "communication", "hang", "fault"}
 samples, a full disk, a user's mistake."""
 SSH_FAILED = 255
 """ssh's own exit status: the way to the host is gone, whatever became of the ranks there."""
+GOES_ON = "; the same command goes on from the last checkpoint"
 SHELLS_SIGNALS = 128
 """A shell tells of a signal as 128 plus its number; DeepSpeed's launcher exits with minus the number, modulo 256."""
 
@@ -115,8 +116,13 @@ def signal_of(status: int) -> signal.Signals | None:
 def _told(signs: Signs) -> Ending | None:
     """What a rank wrote, of itself or of another."""
     for word in signs.words:
-        return Ending(word["cause"], word["message"], *_culprit(word))
+        return Ending(word["cause"], _fact(word), *_culprit(word))
     return None
+
+
+def _fact(word: Mapping[str, Any]) -> str:
+    """Without the advice that a rank ends with, which the supervisor may follow itself."""
+    return str(word["message"]).removesuffix(GOES_ON)
 
 
 def _culprit(word: Mapping[str, Any]) -> tuple[int | None, str | None]:

@@ -49,6 +49,8 @@ class Start:
     """Where its ranks are, if it starts those of one host of several."""
     is_labelled: bool = False
     """Whether it puts the host's name before each line of its ranks."""
+    hands_signals_on: bool = False
+    """Whether it hands SIGUSR1 and SIGUSR2 to its ranks, wherever those are."""
 
     def as_typed(self) -> str:
         """As it would be typed into a shell."""
@@ -228,7 +230,7 @@ def _on_each_host(
 def _slurm(topology: Topology, meeting: Meeting, arguments: Sequence[str], folder: Path) -> list[Start]:
     """Slurm hands the environment on by itself, on no command line."""
     command = [sys.executable, "-u", str(TRAIN_SCRIPT), *arguments]
-    return [Start(srun_command(topology.hosts, topology.ranks_per_host, command))]
+    return [Start(srun_command(topology.hosts, topology.ranks_per_host, command), hands_signals_on=True)]
 
 
 def _openmpi(topology: Topology, meeting: Meeting, arguments: Sequence[str], folder: Path) -> list[Start]:

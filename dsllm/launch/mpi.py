@@ -12,7 +12,10 @@ def mpirun_command(hosts: Sequence[Host], ranks_per_host: int, command: Sequence
     """Starts `command` once for each rank, `ranks_per_host` on each of `hosts`; rank 0 on the first.
 
     A rank has `OMPI_COMM_WORLD_RANK` and `OMPI_COMM_WORLD_LOCAL_RANK`. Only variables that begin with `OMPI_` reach
-    other hosts. Where one rank fails, mpirun ends the others.
+    other hosts. Where one rank fails, mpirun ends the others, and itself with its status.
+
+    Stop it with SIGUSR2: mpirun hands that and SIGUSR1 on to every rank, and lets a second pass after SIGTERM, SIGINT
+    and SIGHUP until it kills them.
     """
     return [
         "mpirun",

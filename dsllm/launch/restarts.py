@@ -115,7 +115,7 @@ def _hosts_left(plan: Plan, topology: Topology, patience: Patience) -> Topology:
 
 def _resume_again(plan: Plan, resume: str) -> str:
     """From the run's own checkpoints as soon as it has one: `never`, or another run's, was for the first start."""
-    has_own = any((plan.run_dir / "checkpoints").glob("global_step*"))
+    has_own = (plan.run_dir / "checkpoints" / "latest").exists()  # written last, once a checkpoint is complete
     return "auto" if has_own or resume == "never" else resume
 
 

@@ -49,9 +49,12 @@ def srun_command(
     """Starts `command` once for each rank, `ranks_per_host` on each of `hosts`, which are `in_allocation_order`.
 
     A rank has `SLURM_PROCID`, `SLURM_LOCALID` and `SLURM_NODEID` for rank, local rank and node rank. Output is not
-    buffered where Python's is not (`python -u`): srun's `--unbuffered` would give ranks a terminal. SIGUSR1, SIGUSR2,
-    SIGTERM and SIGINT that srun gets go to every rank. It ends with the highest status of all, which is 143 for those
-    that it ended itself because one failed. `environment` is that of srun, this process's own when absent.
+    buffered where Python's is not (`python -u`): srun's `--unbuffered` would give ranks a terminal.
+
+    Stop it with SIGUSR2: srun hands that and SIGUSR1 on to every rank, kills them all at SIGTERM and SIGHUP, and
+    answers SIGINT itself. It ends with the highest status of all, which is 143 for ranks that it ends because one
+    failed.
+    `environment` is that of srun, this process's own when absent.
     """
     return [
         *_srun(environment),

@@ -72,14 +72,17 @@ class _Attempt:
         self._asked_by: str | None = None
         self._ends_now = False
 
+        self._processes: list[subprocess.Popen[str]] = []
+        self._handing_on: list[subprocess.Popen[str]] = []
+
     def run(self, starts: Sequence[Start]) -> Watched:
-        processes: list[subprocess.Popen[str]] = []
+        processes = self._processes
         # In place before the launcher starts: a signal that ends dsllm alone would leave the ranks running.
         with self._signals():
             try:
                 for start in starts:
                     processes.append(self._start(start))
-                self._wait(processes)
+                self._wait()
             finally:
                 lost = self._hosts.lost()  # before the sweep: a host may be lost by it
                 words = self._last_words()
@@ -113,21 +116,30 @@ class _Attempt:
             ) from None
         if is_relayed:
             self._relay(process, start.host)
+        if start.hands_signals_on:
+            self._handing_on.append(process)
         return process
 
-    def _wait(self, processes: Sequence[subprocess.Popen[str]]) -> None:
+    def _wait(self) -> None:
         """Until all have ended, or some time after the first sign that they will not end well."""
         deadline = None
-        while running := [process for process in processes if process.poll() is None]:
+        while running := [process for process in self._processes if process.poll() is None]:
             self._hand_signals_on()
             if deadline is None and (
-                any(process.returncode for process in processes) or any(self._exits.values()) or self._hosts.lost()
+                any(process.returncode for process in self._processes)
+                or any(self._exits.values())
+                or self._hosts.lost()
             ):
                 deadline = time.monotonic() + ENDING_SECONDS
             if self._ends_now or (deadline is not None and time.monotonic() > deadline):
                 return
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running[0].wait(POLL_SECONDS)
+
+    def _has_failed(self) -> bool:
+        """Whether any start, host or way to one has."""
+        statuses = [*(process.returncode for process in self._processes), *self._exits.values()]
+        return any(statuses) or bool(self._hosts.lost())
 
     def _hand_signals_on(self) -> None:
         """To every rank. A terminal that is closed asks for the same end as SIGTERM."""
@@ -138,7 +150,14 @@ class _Attempt:
             has_ranks = any(answer for answer in answers.values() if not isinstance(answer, HostError))
             if received in STOP_SIGNALS:
                 self._asked_by = self._asked_by or received.name
-                self._ends_now = not has_ranks
+                self._ends_now = not has_ranks and not self._passes_on(signal.SIGUSR2)
+
+    def _passes_on(self, number: signal.Signals) -> bool:
+        """Ranks that no agent of ours sees, because Slurm alone is asked: srun hands them this signal, and no other."""
+        running = [process for process in self._handing_on if process.poll() is None]
+        for process in running:
+            process.send_signal(number)
+        return bool(running)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
