@@ -237,6 +237,17 @@ def test_a_port_that_one_host_cannot_reach_is_named(examine, b):
     )
 
 
+def test_a_host_that_lets_nobody_in_but_ssh_is_named(examine, b):
+    rule = "INPUT -p tcp --dport 1024:65535 --syn -j DROP"
+    with b.block_port(9):  # skips where there is no iptables
+        b.isolation.do(f"iptables -w -I {rule}")
+        try:
+            words = finding(examine(), "port")
+        finally:
+            b.isolation.do(f"iptables -w -D {rule}")
+    assert re.match(r"host-a cannot reach it \(port \d+: timed out\)\n    -> open all TCP ports ", words)
+
+
 def test_a_port_that_is_blocked_is_named(examine, a):
     with a.block_port(29500):
         words = finding(examine(), "port", "host-a")
