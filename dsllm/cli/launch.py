@@ -95,7 +95,7 @@ def launch(
 ) -> None:
     """Check the hosts and the run, print the command that starts it, start it and watch over it."""
     from dsllm.launch.attempt import Plan
-    from dsllm.launch.launchers import choose_launcher
+    from dsllm.launch.launchers import choose_launcher, train_arguments
     from dsllm.launch.restarts import Patience, carry_through
     from dsllm.plan.batch import check_batch
     from dsllm.spec.load import load_spec
@@ -106,12 +106,10 @@ def launch(
     _check_resume(resume)
     stop_after_seconds = None if stop_after is None else parse_duration(stop_after, "--stop-after")
     if write_sbatch is not None:
-        nodes, ranks = num_nodes or 1, _ranks_of_job(num_gpus, hostfile)
-        check_batch(loaded.batch, nodes * ranks)
-        arguments = _arguments_in_job(spec, run_dir, resume, max_restarts, min_hosts, doctor, overrides or [])
-        _write_sbatch(
-            Path(write_sbatch), loaded, nodes, ranks, Path(run_dir or f"runs/{loaded.name}"), arguments, sbatch
-        )
+        from dsllm.cli.job_script import write_job_script
+
+        in_job = [*train_arguments(spec, run_dir, resume, overrides or []), *_given(max_restarts, min_hosts, doctor)]
+        write_job_script(Path(write_sbatch), loaded, num_nodes, num_gpus, hostfile, run_dir, in_job, sbatch or [])
         return
     topology = topology_of(hostfile, num_nodes, num_gpus, include, exclude, launcher)
     _check_min_hosts(min_hosts, topology)
@@ -181,57 +179,6 @@ def _show_dry_run(plan: Plan, topology: Topology, resume: str, stop_after: str |
     typer.echo("address and port are settled, and GPUs looked for, when the hosts are asked")
 
 
-def _ranks_of_job(num_gpus: int | None, hostfile: str | None) -> int:
-    from dsllm.errors import UserError
-
-    if hostfile is not None:
-        raise UserError("--write-sbatch: given with --hostfile; Slurm chooses the hosts: give --num-nodes in its place")
-    if num_gpus is None:
-        raise UserError("--write-sbatch: given without --num-gpus; add it: the job asks for so many GPUs on each node")
-    return num_gpus
-
-
-def _arguments_in_job(
-    spec: str,
-    run_dir: str | None,
-    resume: str,
-    max_restarts: int,
-    min_hosts: int | None,
-    doctor: bool,
-    overrides: list[str],
-) -> list[str]:
-    """What the job gives to `dsllm launch`; defaults are left out."""
-    from dsllm.launch.launchers import train_arguments
-
-    arguments = [*train_arguments(spec, run_dir, resume, overrides), "--launcher", "slurm"]
-    if max_restarts:
-        arguments += ["--max-restarts", str(max_restarts)]
-    if min_hosts is not None:
-        arguments += ["--min-hosts", str(min_hosts)]
-    return arguments if doctor else [*arguments, "--no-doctor"]
-
-
-def _write_sbatch(
-    file: Path, name: str, nodes: int, ranks: int, logs: Path, arguments: list[str], options: list[str]
-) -> None:
-    from dsllm.launch.sbatch import dsllm_program, sbatch_script
-
-    script = sbatch_script(
-        name=name,
-        num_nodes=nodes,
-        ranks_per_node=ranks,
-        program=dsllm_program(),
-        launch_arguments=arguments,
-        working_folder=Path.cwd(),
-        output_folder=logs,
-        on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
-        options=options,
-    )
-    logs.mkdir(parents=True, exist_ok=True)  # a job whose log has no folder fails without a word
-    file.write_text(script)
-    typer.echo(f"{file}: {nodes} x {ranks} ranks; sbatch {file} submits it, its log goes to {logs}")
-
-
 def _conclude(ending: Ending) -> None:
     """The exit status; and what ended the run, unless rank 0 has said it on screen."""
     from dsllm.errors import DsllmError
@@ -246,6 +193,14 @@ def _conclude(ending: Ending) -> None:
 
 def _say(line: str) -> None:
     typer.echo(line, err=True)
+
+
+def _given(max_restarts: int, min_hosts: int | None, doctor: bool) -> list[str]:
+    """The supervisor's options again; defaults are left out."""
+    arguments = ["--max-restarts", str(max_restarts)] if max_restarts else []
+    if min_hosts is not None:
+        arguments += ["--min-hosts", str(min_hosts)]
+    return arguments if doctor else [*arguments, "--no-doctor"]
 
 
 def _one_spec(argument: str | None, option: str | None) -> str:

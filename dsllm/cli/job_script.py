@@ -1,0 +1,59 @@
+"""The job script of `dsllm launch --write-sbatch`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from dsllm.spec.sections import Spec
+
+
+def write_job_script(
+    file: Path,
+    spec: Spec,
+    num_nodes: int | None,
+    num_gpus: int | None,
+    hostfile: str | None,
+    run_dir: str | None,
+    arguments: list[str],
+    options: list[str],
+) -> None:
+    """A script for `sbatch` that starts `dsllm launch` with `arguments` on nodes of `num_gpus` each, and the folder
+    that its log goes to. `options` are lines of it, such as `--partition=gpu`.
+
+    Raises UserError where the size of the job is not given, or the batch does not divide over it.
+    """
+    from dsllm.launch.sbatch import dsllm_program, sbatch_script
+    from dsllm.plan.batch import check_batch
+
+    nodes, ranks = num_nodes or 1, _ranks_per_node(num_gpus, hostfile)
+    check_batch(spec.batch, nodes * ranks)
+    logs = Path(run_dir or f"runs/{spec.name}").absolute() / "logs"
+    script = sbatch_script(
+        name=spec.name,
+        num_nodes=nodes,
+        ranks_per_node=ranks,
+        program=dsllm_program(),
+        launch_arguments=[*arguments, "--launcher", "slurm"],
+        working_folder=Path.cwd(),
+        output_folder=logs,
+        on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
+        options=options,
+    )
+    logs.mkdir(parents=True, exist_ok=True)  # a job whose log has no folder fails without a word
+    file.write_text(script)
+    typer.echo(f"{file}: {nodes} x {ranks} ranks; sbatch {file} submits it, its log goes to {logs}")
+
+
+def _ranks_per_node(num_gpus: int | None, hostfile: str | None) -> int:
+    from dsllm.errors import UserError
+
+    if hostfile is not None:
+        raise UserError("--write-sbatch: given with --hostfile; Slurm chooses the hosts: give --num-nodes in its place")
+    if num_gpus is None:
+        raise UserError("--write-sbatch: given without --num-gpus; add it: the job asks for so many GPUs on each node")
+    return num_gpus
