@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import typer
 
 from dsllm.cli.app import app
+from dsllm.launch.environment import selected
 from dsllm.plan.known_runs import KNOWN_RUNS
 from dsllm.plan.model_shape import model_shape
 from dsllm.spec.load import load_spec, preset_names
@@ -77,7 +78,7 @@ def run_light(command: str, workspace: Path) -> str:
     """What a light command prints, errors included, without this machine's paths."""
     beside_python = Path(sys.executable).parent
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in selected(os.environ)},  # a launch tells them
         "PATH": f"{beside_python}{os.pathsep}{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
     }

@@ -120,7 +120,7 @@ def launch(
         run_dir=Path(run_dir or f"runs/{loaded.name}"),
         given_run_dir=run_dir,
         overrides=tuple(overrides or ()),
-        launcher=choose_launcher(launcher, topology),
+        launcher=choose_launcher(launcher, topology, is_dry=dry_run),
         port=master_port,
         asks_doctor=doctor,
     )
@@ -174,8 +174,8 @@ def _show_dry_run(plan: Plan, topology: Topology, resume: str, stop_after: str |
     per_host = topology.ranks_per_host
     lines = [f"{name}: ranks {n * per_host} to {(n + 1) * per_host - 1}" for n, name in enumerate(topology.names)]
     typer.echo("\n".join(lines))
-    names = ", ".join(sorted(forwarded(plan.spec))) or "nothing"
-    typer.echo(f"told to every host{', in a private file' if has_file else ''}: {names}")
+    if names := ", ".join(sorted(forwarded(plan.spec))):
+        typer.echo(f"told to every host{', in a private file' if has_file else ''}: {names}")
     typer.echo("address and port are settled, and GPUs looked for, when the hosts are asked")
 
 

@@ -58,11 +58,11 @@ class Start:
         return shlex.join([*(f"{name}={value}" for name, value in self.environment.items()), *self.command])
 
 
-def choose_launcher(given: str | None, topology: Topology) -> Launcher:
+def choose_launcher(given: str | None, topology: Topology, is_dry: bool = False) -> Launcher:
     """The launcher of that name, or the one that fits: DeepSpeed's own for this machine alone, Slurm's for the hosts of
     a Slurm job, for those of a hostfile pdsh where it is installed, else ssh.
 
-    Raises UserError where it is unknown, or cannot start what is asked for.
+    Raises UserError where it is unknown, cannot start what is asked for or, unless `is_dry`, is not installed here.
     """
     if given is None:
         if topology.is_local:
@@ -79,6 +79,8 @@ def choose_launcher(given: str | None, topology: Topology) -> Launcher:
         raise UserError(f"--launcher: given {launcher} for this machine alone; add --hostfile, which names other hosts")
     if launcher == "slurm" and topology.hostfile is not None:
         raise UserError("--launcher: given slurm with a hostfile; leave --hostfile out: the Slurm job has its hosts")
+    if is_dry:
+        return launcher
     if launcher == "pdsh" and not shutil.which("pdsh"):
         raise UserError("--launcher: given pdsh, which is not installed here; apt-get install pdsh, or --launcher ssh")
     if launcher == "openmpi" and not shutil.which("mpirun"):

@@ -121,9 +121,16 @@ def hostfile_topology(
     listed = read_hostfile(hostfile)
     topology = hosts_topology(hostfile, listed, num_nodes, num_gpus, include, exclude)
     (first, *others) = topology.hosts
-    if not others and is_this_machine(first.name) and first.chosen is None:
-        return local_topology(first.slots, gpus)  # needs no ssh to itself
+    if not others and is_this_machine(first.name):  # which needs no ssh to itself
+        local = local_topology(first.slots, gpus)
+        return local if first.chosen is None or local.on_cpu else replace(local, devices=_devices(first.chosen))
     return replace(topology, hostfile=hostfile, listed=tuple(listed))
+
+
+def _devices(slot_ids: tuple[int, ...]) -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES is to list for these slots: of the GPUs that it lists already, where it does."""
+    selected = selected_devices()
+    return tuple(str(slot) if selected is None else selected[slot] for slot in slot_ids)
 
 
 def _with_ranks(host: Host, ranks: int) -> Host:
