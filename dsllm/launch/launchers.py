@@ -76,7 +76,7 @@ def choose_launcher(given: str | None, topology: Topology) -> Launcher:
         raise UserError("--launcher: given local, which starts ranks on this machine alone; leave it out for others")
     if launcher in ("pdsh", "ssh") and topology.is_local:
         raise UserError(f"--launcher: given {launcher} for this machine alone; add --hostfile, which names other hosts")
-    if launcher == "slurm" and topology.hostfile is not None:
+    if launcher == "slurm" and (topology.hostfile is not None or topology.is_local):  # local: it names this machine
         raise UserError("--launcher: given slurm with a hostfile; leave --hostfile out: the Slurm job has its hosts")
     if launcher == "pdsh" and not shutil.which("pdsh"):
         raise UserError("--launcher: given pdsh, which is not installed here; apt-get install pdsh, or --launcher ssh")
