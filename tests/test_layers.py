@@ -114,6 +114,7 @@ LIGHT_COMMANDS = [
     ["plan", "1b", "--gpu", "a100-40gb", "--gpus", "8"],
     ["plan", "--params", "1e9", "--deadline-hours", "24"],
     ["hostfile", "--help"],
+    ["doctor", "--help"],
     ["launch", "quickstart", "--dry-run"],
     ["data", "--help"],
     ["data", "prepare", "--help"],

@@ -22,8 +22,8 @@ def write_job_script(
     arguments: list[str],
     options: list[str],
 ) -> None:
-    """A script for `sbatch` that starts `dsllm launch` with `arguments` on nodes of `num_gpus` each, and the folder that
-    its log goes to. `options` are lines of it, such as `--partition=gpu`.
+    """A script for `sbatch` that starts `dsllm launch` with `arguments` on nodes of `num_gpus` each, and the folder
+    that its log goes to. `options` are lines of it, such as `--partition=gpu`.
 
     Raises UserError where the size of the job is not given, or the batch does not divide over it.
     """

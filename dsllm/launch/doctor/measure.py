@@ -16,7 +16,7 @@ from dsllm.launch.hosts import ANSWER_SECONDS, HostError, Hosts
 from dsllm.launch.launchers import TRAIN_SCRIPT
 
 LINK_SECONDS = 60.0
-"""For the whole measurement; two healthy hosts take 5 s, most of which is the import of torch."""
+"""For the whole measurement; two healthy hosts take 5 s, of which the import of torch is 2."""
 MEETING_SECONDS = 30.0
 """For a host to hear of another: one that cannot be heard of is told of before the limit."""
 

@@ -16,7 +16,7 @@ from tests.cluster import namespaces
 from tests.cluster.host import Host
 from tests.cluster.namespaces import ROOT
 
-OTHER_PYTHONS = sorted(Path("~/.pyenv/versions").expanduser().glob("3.*/bin/python3.*[0-9]"))
+PYTHONS = Path("~/.pyenv/versions").expanduser().glob("3.*/bin/python3.*[0-9]")
 SHIFTED_CLOCK = "import time\nreal = time.time\ntime.time = lambda: real() - 300\n"
 
 
@@ -147,10 +147,11 @@ def test_a_host_without_the_python_is_named(examine, b):
 
 def test_another_python_is_named_with_both_versions(examine, b):
     mine = f"{sys.version_info.major}.{sys.version_info.minor}"
-    others = [path for path in OTHER_PYTHONS if path.name != f"python{mine}" and path.name >= "python3.8"]
+    minors = {int(path.name.removeprefix("python3.")): path for path in PYTHONS}
+    others = [minors[minor] for minor in sorted(minors) if minor >= 8 and f"3.{minor}" != mine]
     if not others:
-        pytest.skip("no other Python here (pyenv install 3.12)")
-    with b.overlay(sys.executable, others[0]):
+        pytest.skip("no other Python from 3.8 on here (pyenv install 3.12)")
+    with b.overlay(sys.executable, others[0]):  # the oldest that still answers
         result = examine("--json")
         assert ("host-b", "python") in failed_checks(result)
         words = finding(examine(), "python")
@@ -234,6 +235,17 @@ def test_a_port_that_one_host_cannot_reach_is_named(examine, b):
         "cannot reach port 29500 of host-a: timed out\n"
         "    -> open all TCP ports between the hosts, as gloo and NCCL take any (firewall, security group)"
     )
+
+
+def test_a_host_that_lets_nobody_in_but_ssh_is_named(examine, b):
+    rule = "INPUT -p tcp --dport 1024:65535 --syn -j DROP"
+    with b.block_port(9):  # skips where there is no iptables
+        b.isolation.do(f"iptables -w -I {rule}")
+        try:
+            words = finding(examine(), "port")
+        finally:
+            b.isolation.do(f"iptables -w -D {rule}")
+    assert re.match(r"host-a cannot reach it \(port \d+: timed out\)\n    -> open all TCP ports ", words)
 
 
 def test_a_port_that_is_blocked_is_named(examine, a):
