@@ -319,12 +319,12 @@ def last_words(launch: str, logs: str) -> list[dict[str, Any]]:
     """What the ranks that failed by themselves wrote into the folder `logs`, the first ones first."""
     words = []
     for path in glob.glob(os.path.join(glob.escape(logs), "rank*.ended.json")):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # whatever else lies there
             with open(path) as file:
                 word = json.load(file)
             if word["launch"] == launch:
-                words.append(word)
-    return sorted(words, key=lambda word: (not word["is_own"], word["time"]))[:FIRST_FAILED]
+                words.append(((not word["is_own"], word["time"]), word))
+    return [word for _, word in sorted(words, key=lambda pair: pair[0])[:FIRST_FAILED]]
 
 
 def tail(path: str, lines: int) -> list[str]:
