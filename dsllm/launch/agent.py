@@ -44,7 +44,7 @@ def serve() -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # of this host's terminal or service manager: the launcher decides
     rest = b""
-    with contextlib.suppress(BrokenPipeError):
+    try:
         while select.select([0], [], [], SILENT_SECONDS)[0]:
             piece = os.read(0, 1 << 16)
             if not piece:
@@ -52,7 +52,10 @@ def serve() -> None:
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
                 write(answer(json.loads(line)))
-    leave()
+    except ConnectionError:
+        pass  # hung up while it was answered; over a socket, as some sshd have, that is a reset
+    finally:
+        leave()
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
