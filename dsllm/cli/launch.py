@@ -188,7 +188,9 @@ def _conclude(ending: Ending) -> None:
     if ending.rank == 0 or ending.cause == "user_error":
         raise typer.Exit(ending.exit_status)
     where = f" on {ending.host}" if ending.host else ""
-    raise DsllmError(f"ended by {ending.cause}{where}: {ending.message}; the same command goes on from there")
+    raise DsllmError(
+        f"ended by {ending.cause}{where}: {ending.message}; the same command goes on from the last checkpoint"
+    )
 
 
 def _say(line: str) -> None:

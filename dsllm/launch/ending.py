@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsllm.launch.hosts import HostError
+from dsllm.launch.hosts import SSH_FAILED, HostError
 
 CURABLE = frozenset({"lost_host", "lost_rank", "communication", "hang", "fault"})
 """What may not come again. The other causes would: memory that is too small, numbers that are not finite on the same
 samples, a full disk, a user's mistake."""
-SSH_FAILED = 255
-"""ssh's own exit status: the way to the host is gone, whatever became of the ranks there."""
 GOES_ON = "; the same command goes on from the last checkpoint"
 SHELLS_SIGNALS = 128
 """A shell tells of a signal as 128 plus its number; DeepSpeed's launcher exits with minus the number, modulo 256."""
@@ -88,7 +86,7 @@ def _lost_host(signs: Signs) -> Ending | None:
         return Ending("lost_host", f"the way to {error.host} is gone: {error.words}", host=error.host)
     for host, status in signs.exits.items():
         if status == SSH_FAILED:
-            return Ending("lost_host", f"the way to {host} is gone: ssh ended with status {status}", host=host)
+            return Ending("lost_host", f"the way to {host} is gone: ssh lost the connection", host=host)
     return None
 
 
@@ -101,7 +99,7 @@ def _killed_rank(signs: Signs) -> Ending | None:
             what = f"{number.name} ended a rank on {host}"
             if word is None:
                 return Ending("lost_rank", what, host=host)
-            return Ending("lost_rank", f"{what} ({word['message']})", _culprit(word)[0], host)
+            return Ending("lost_rank", f"{what} ({_fact(word)})", _culprit(word)[0], host)
     return None
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 from dsllm.errors import DsllmError
 
+SSH_FAILED = 255
+"""ssh's own exit status, whatever became of the command on the host."""
 PING_SECONDS = 5.0
 ANSWER_SECONDS = 15.0
 """For what an agent does at once; also until the first answer, over a slow way."""
@@ -27,7 +29,7 @@ SSH_OPTIONS = (
     *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
 )
 SOURCE = Path(__file__).with_name("agent.py")
-# Not through sys.stdin, which would read ahead of what it is asked for.
+# Not through sys.stdin, which would read ahead of what it is asked for; and no file of the run's folder is a module.
 BOOTSTRAP = (
     "import os; n, s = {size}, b''\nwhile len(s) < n: s += os.read(0, n - len(s))\nexec(compile(s, 'agent', 'exec'))"
 )
@@ -112,7 +114,8 @@ class Agent:
         status = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        return HostError(self.host, lines[-1].strip() if lines else f"ended with status {status}", status)
+        silent = "ssh lost the connection" if status == SSH_FAILED else f"ended with status {status}"
+        return HostError(self.host, lines[-1].strip().rstrip(".") if lines else silent, status)
 
     def note(self) -> None:
         """Let it know that the launcher is there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -161,7 +162,7 @@ def _pdsh(topology: Topology, meeting: Meeting, arguments: Sequence[str], folder
     command += ["--master_addr", meeting.address, "--master_port", str(meeting.port)]
     command += ["--log_level", "error"]
     environment = {
-        "PDSH_SSH_ARGS_APPEND": " ".join(SSH_OPTIONS),
+        "PDSH_SSH_ARGS_APPEND": " ".join([*os.environ.get("PDSH_SSH_ARGS_APPEND", "").split(), *SSH_OPTIONS]),
         "DS_ENV_FILE": "/dev/null",  # what stands in .deepspeed_env travels with the rest, and on no command line
     }
     line = [*command, str(TRAIN_SCRIPT), *map(_for_pdsh, arguments)]

@@ -25,7 +25,9 @@ ENDING_SECONDS = 35.0
 """From the first sign of an end to the last rank's own: a watchdog needs 15 s to miss a rank, and 5 more to tell."""
 SWEEP_SECONDS = 20.0
 PDSH_TELLS = re.compile(r"pdsh@[^:]+: (?P<host>[^:]+): ssh exited with exit code (?P<status>\d+)")
-LABEL = re.compile(r"(?P<host>[^:\s]+): (?P<line>.*)")
+OF_DEEPSPEED = re.compile(r"\[[^]]+\] \[[A-Z]+\] \[(launch|real_accelerator)\.py:")
+"""What DeepSpeed's launcher says on each host, whole command lines too; on another host it cannot be told not to."""
+LABEL = re.compile(r"(?P<host>[^:\s]+): (?P<line>.*)", re.DOTALL)
 
 
 class Screen(NamedTuple):
@@ -192,16 +194,20 @@ class _Attempt:
             if told is not None:
                 self._exits[told["host"]] = int(told["status"])
                 continue
+            name, words = self._parted(line, host)
+            if OF_DEEPSPEED.match(words):
+                continue
+            is_first = name in (None, next(iter(self._hosts.agents)))
             with contextlib.suppress(OSError, ValueError):  # a screen that is gone is no fault of the run
-                screen.write(self._labelled(line, host))
+                screen.write(words if is_first else f"{name}: {words}")
                 screen.flush()
 
-    def _labelled(self, line: str, host: str | None) -> str:
-        first = next(iter(self._hosts.agents))
-        if host is not None:
-            return line if host == first else f"{host}: {line}"
-        match = LABEL.match(line)
-        return match["line"] + "\n" if match and match["host"] == first else line
+    def _parted(self, line: str, host: str | None) -> tuple[str | None, str]:
+        """The host that a line comes from, if it is known, and the line itself."""
+        match = LABEL.match(line) if host is None else None
+        if match and match["host"] in self._hosts.agents:
+            return match["host"], match["line"]
+        return host, line
 
     def _last_words(self) -> list[Mapping[str, Any]]:
         answers = self._hosts.ask_all("last_words", launch=self._launch, logs=self._logs)
