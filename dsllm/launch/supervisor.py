@@ -127,11 +127,7 @@ class _Attempt:
         deadline = None
         while running := [process for process in self._processes if process.poll() is None]:
             self._hand_signals_on()
-            if deadline is None and (
-                any(process.returncode for process in self._processes)
-                or any(self._exits.values())
-                or self._hosts.lost()
-            ):
+            if deadline is None and self._has_failed():
                 deadline = time.monotonic() + ENDING_SECONDS
             if self._ends_now or (deadline is not None and time.monotonic() > deadline):
                 return
