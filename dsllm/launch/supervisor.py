@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 from dsllm.errors import UserError
+from dsllm.launch.agent import RANK_VARIABLES
 from dsllm.launch.ending import Signs
 from dsllm.launch.hosts import HostError, Hosts
 from dsllm.launch.launchers import Start
@@ -98,7 +99,9 @@ class _Attempt:
         return Watched(signs, left_behind, not_swept)
 
     def _start(self, start: Start) -> subprocess.Popen[str]:
-        own = {name: value for name, value in os.environ.items() if not name.startswith(start.without or ("\0",))}
+        # A shell inside a job of Slurm has the variables of a rank and is none; what it starts would be taken for one.
+        without = (*RANK_VARIABLES, *start.without)
+        own = {name: value for name, value in os.environ.items() if not name.startswith(without)}
         is_relayed = start.host is not None or start.is_labelled
         try:
             process = subprocess.Popen(
