@@ -87,14 +87,19 @@ class _Attempt:
                     processes.append(self._start(start))
                 self._wait()
             finally:
-                lost = self._hosts.lost()  # before the sweep: a host may be lost by it
+                # before the sweep: a host may be lost by it, and commands of this machine are ended
+                lost, has_ended = self._hosts.lost(), [process.poll() is not None for process in processes]
                 words = self._last_words()
                 left_behind, not_swept = self._sweep()
                 _end(processes)
         for relay in self._relays:
             relay.join(POLL_SECONDS)
         statuses = [process.returncode for process in processes]
-        exits = {start.host: status for start, status in zip(starts, statuses, strict=True) if start.host is not None}
+        exits = {
+            start.host: status
+            for start, status, has_ended_itself in zip(starts, statuses, has_ended, strict=True)
+            if start.host is not None and has_ended_itself
+        }
         signs = Signs(statuses, {**exits, **self._exits}, lost, words, self._asked_by)
         return Watched(signs, left_behind, not_swept)
 
