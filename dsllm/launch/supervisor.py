@@ -105,8 +105,11 @@ class _Attempt:
 
     def _start(self, start: Start) -> subprocess.Popen[str]:
         # A shell inside a job of Slurm has the variables of a rank and is none; what it starts would be taken for one.
-        without = (*RANK_VARIABLES, *start.without)
-        own = {name: value for name, value in os.environ.items() if not name.startswith(without)}
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in RANK_VARIABLES and not name.startswith(start.without)
+        }
         is_relayed = start.host is not None or start.is_labelled
         try:
             process = subprocess.Popen(
