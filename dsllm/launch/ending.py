@@ -68,7 +68,7 @@ def find_ending(signs: Signs) -> Ending:
         return _good(signs)
     own = next((word for word in signs.words if word["is_own"]), None)
     if own is not None and own["cause"] not in ("lost_host", "lost_rank", "communication"):
-        return Ending(own["cause"], own["message"], own["rank"], own["host"])
+        return Ending(own["cause"], _fact(own), own["rank"], own["host"])
     if signs.asked_by is not None:
         return Ending("stopped", f"{signs.asked_by}, before the ranks could save")
     return _lost_host(signs) or _killed_rank(signs) or _told(signs) or _silent(signs)
