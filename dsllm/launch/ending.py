@@ -92,15 +92,14 @@ def _lost_host(signs: Signs) -> Ending | None:
 
 def _killed_rank(signs: Signs) -> Ending | None:
     """A rank that a signal ended, as the launcher on its host tells it."""
-    for host, status in signs.exits.items():
-        number = signal_of(status)
-        if number is not None:
-            word = next((word for word in signs.words if word["cause"] in ("lost_rank", "lost_host")), None)
-            what = f"{number.name} ended a rank on {host}"
-            if word is None:
-                return Ending("lost_rank", what, host=host)
-            return Ending("lost_rank", f"{what} ({_fact(word)})", _culprit(word)[0], host)
-    return None
+    killed = {host: number for host, status in signs.exits.items() if (number := signal_of(status)) is not None}
+    if not killed:
+        return None
+    word = next((word for word in signs.words if word["cause"] in ("lost_rank", "lost_host")), None)
+    rank, named = _culprit(word) if word is not None else (None, None)
+    host = named if named in killed else next(iter(killed))
+    what = f"{killed[host].name} ended a rank on {host}"
+    return Ending("lost_rank", f"{what} ({_fact(word)})" if word is not None else what, rank, host)
 
 
 def signal_of(status: int) -> signal.Signals | None:
