@@ -181,16 +181,22 @@ def _show_dry_run(plan: Plan, topology: Topology, resume: str, stop_after: str |
 
 def _conclude(ending: Ending) -> None:
     """The exit status; and what ended the run, unless rank 0 has said it on screen."""
-    from dsllm.errors import DsllmError
+    from dsllm.errors import DsllmError, UserError
 
     if ending.is_good:
         return
-    if ending.rank == 0 or ending.cause == "user_error":
+    if _is_on_screen(ending):
         raise typer.Exit(ending.exit_status)
     where = f" on {ending.host}" if ending.host else ""
-    raise DsllmError(
-        f"ended by {ending.cause}{where}: {ending.message}; the same command goes on from the last checkpoint"
-    )
+    kind = UserError if ending.cause == "user_error" else DsllmError
+    raise kind(f"ended by {ending.cause}{where}: {ending.message}; the same command goes on from the last checkpoint")
+
+
+def _is_on_screen(ending: Ending) -> bool:
+    """Rank 0 says what it fails of, and a mistake that every rank finds; where it is gone, nobody has said so."""
+    if ending.cause == "user_error":
+        return not ending.rank
+    return ending.rank == 0 and ending.cause not in ("lost_rank", "lost_host")
 
 
 def _say(line: str) -> None:
