@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None)
 
+DEFAULT_PORT = 29500
+
 
 @app.command(epilog="Example: dsllm launch 1b --hostfile hostfiles/two-node --set zero.stage=3")
 def launch(
@@ -77,7 +79,7 @@ def launch(
     doctor: Annotated[bool, typer.Option(help="Check the hosts first, as dsllm doctor --quick does.")] = True,
     master_port: Annotated[
         int, typer.Option("--master-port", min=1, max=65535, help="Port of rank 0; another one where it is in use.")
-    ] = 29500,
+    ] = DEFAULT_PORT,
     write_sbatch: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -108,7 +110,9 @@ def launch(
     if write_sbatch is not None:
         from dsllm.cli.job_script import write_job_script
 
-        in_job = [*train_arguments(spec, run_dir, resume, overrides or []), *_given(max_restarts, min_hosts, doctor)]
+        _check_job_options(include, exclude, launcher)
+        in_job = train_arguments(spec, run_dir, resume, overrides or [], stop_after)
+        in_job += _given(max_restarts, min_hosts, doctor, master_port)
         write_job_script(Path(write_sbatch), loaded, num_nodes, num_gpus, hostfile, run_dir, in_job, sbatch or [])
         return
     topology = topology_of(hostfile, num_nodes, num_gpus, include, exclude, launcher)
@@ -181,27 +185,35 @@ def _show_dry_run(plan: Plan, topology: Topology, resume: str, stop_after: str |
 
 def _conclude(ending: Ending) -> None:
     """The exit status; and what ended the run, unless rank 0 has said it on screen."""
-    from dsllm.errors import DsllmError
+    from dsllm.errors import DsllmError, UserError
 
     if ending.is_good:
         return
-    if ending.rank == 0 or ending.cause == "user_error":
+    if _is_on_screen(ending):
         raise typer.Exit(ending.exit_status)
     where = f" on {ending.host}" if ending.host else ""
-    raise DsllmError(
-        f"ended by {ending.cause}{where}: {ending.message}; the same command goes on from the last checkpoint"
-    )
+    kind = UserError if ending.cause == "user_error" else DsllmError
+    raise kind(f"ended by {ending.cause}{where}: {ending.message}; the same command goes on from the last checkpoint")
+
+
+def _is_on_screen(ending: Ending) -> bool:
+    """Rank 0 says what it fails of, and a mistake that every rank finds; where it is gone, nobody has said so."""
+    if ending.cause == "user_error":
+        return not ending.rank
+    return ending.rank == 0 and ending.cause not in ("lost_rank", "lost_host")
 
 
 def _say(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _given(max_restarts: int, min_hosts: int | None, doctor: bool) -> list[str]:
+def _given(max_restarts: int, min_hosts: int | None, doctor: bool, master_port: int) -> list[str]:
     """The supervisor's options again; defaults are left out."""
     arguments = ["--max-restarts", str(max_restarts)] if max_restarts else []
     if min_hosts is not None:
         arguments += ["--min-hosts", str(min_hosts)]
+    if master_port != DEFAULT_PORT:
+        arguments += ["--master-port", str(master_port)]
     return arguments if doctor else [*arguments, "--no-doctor"]
 
 
@@ -220,6 +232,18 @@ def _check_resume(resume: str) -> None:
     if resume not in ("auto", "never") and not Path(resume).exists():
         raise UserError(
             f"--resume: given '{resume}'; there is no such path; must be auto, never or a checkpoint's path"
+        )
+
+
+def _check_job_options(include: str | None, exclude: str | None, launcher: str | None) -> None:
+    from dsllm.errors import UserError
+
+    for option, given in (("--include", include), ("--exclude", exclude)):
+        if given is not None:
+            raise UserError(f"--write-sbatch: given with {option} {given}; Slurm chooses the hosts: leave it out")
+    if launcher not in (None, "slurm"):
+        raise UserError(
+            f"--write-sbatch: given with --launcher {launcher}; srun starts the ranks of a job: leave it out"
         )
 
 

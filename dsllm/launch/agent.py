@@ -44,7 +44,7 @@ def serve() -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # of this host's terminal or service manager: the launcher decides
     rest = b""
-    with contextlib.suppress(BrokenPipeError):
+    try:
         while select.select([0], [], [], SILENT_SECONDS)[0]:
             piece = os.read(0, 1 << 16)
             if not piece:
@@ -52,7 +52,10 @@ def serve() -> None:
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
                 write(answer(json.loads(line)))
-    leave()
+    except ConnectionError:
+        pass  # hung up while it was answered; over a socket, as some sshd have, that is a reset
+    finally:
+        leave()
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -319,12 +322,12 @@ def last_words(launch: str, logs: str) -> list[dict[str, Any]]:
     """What the ranks that failed by themselves wrote into the folder `logs`, the first ones first."""
     words = []
     for path in glob.glob(os.path.join(glob.escape(logs), "rank*.ended.json")):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # whatever else lies there
             with open(path) as file:
                 word = json.load(file)
             if word["launch"] == launch:
-                words.append(word)
-    return sorted(words, key=lambda word: (not word["is_own"], word["time"]))[:FIRST_FAILED]
+                words.append(((not word["is_own"], word["time"]), word))
+    return [word for _, word in sorted(words, key=lambda pair: pair[0])[:FIRST_FAILED]]
 
 
 def tail(path: str, lines: int) -> list[str]:

@@ -68,7 +68,7 @@ def find_ending(signs: Signs) -> Ending:
         return _good(signs)
     own = next((word for word in signs.words if word["is_own"]), None)
     if own is not None and own["cause"] not in ("lost_host", "lost_rank", "communication"):
-        return Ending(own["cause"], own["message"], own["rank"], own["host"])
+        return Ending(own["cause"], _fact(own), own["rank"], own["host"])
     if signs.asked_by is not None:
         return Ending("stopped", f"{signs.asked_by}, before the ranks could save")
     return _lost_host(signs) or _killed_rank(signs) or _told(signs) or _silent(signs)
@@ -92,15 +92,14 @@ def _lost_host(signs: Signs) -> Ending | None:
 
 def _killed_rank(signs: Signs) -> Ending | None:
     """A rank that a signal ended, as the launcher on its host tells it."""
-    for host, status in signs.exits.items():
-        number = signal_of(status)
-        if number is not None:
-            word = next((word for word in signs.words if word["cause"] in ("lost_rank", "lost_host")), None)
-            what = f"{number.name} ended a rank on {host}"
-            if word is None:
-                return Ending("lost_rank", what, host=host)
-            return Ending("lost_rank", f"{what} ({_fact(word)})", _culprit(word)[0], host)
-    return None
+    killed = {host: number for host, status in signs.exits.items() if (number := signal_of(status)) is not None}
+    if not killed:
+        return None
+    word = next((word for word in signs.words if word["cause"] in ("lost_rank", "lost_host")), None)
+    rank, named = _culprit(word) if word is not None else (None, None)
+    host = named if named in killed else next(iter(killed))
+    what = f"{killed[host].name} ended a rank on {host}"
+    return Ending("lost_rank", f"{what} ({_fact(word)})" if word is not None else what, rank, host)
 
 
 def signal_of(status: int) -> signal.Signals | None:

@@ -16,7 +16,7 @@ from queue import Empty, Queue
 from types import TracebackType
 from typing import Any
 
-from dsllm.errors import DsllmError
+from dsllm.errors import DsllmError, UserError
 
 SSH_FAILED = 255
 """ssh's own exit status, whatever became of the command on the host."""
@@ -63,18 +63,27 @@ class Agent:
 
     def __init__(self, host: str, way: Way, folder: Path, python: str) -> None:
         """Start it, in `folder`, under the interpreter that the ranks will have. Its first answer tells whether it is
-        there."""
+        there.
+
+        Raises UserError where the program is missing that leads to the host.
+        """
         self.host = host
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the agent
         source = SOURCE.read_bytes()
         start = f"exec {shlex.quote(python)} -u -c {shlex.quote(BOOTSTRAP.format(size=len(source)))}"
-        self._process = subprocess.Popen(
-            way(host, f"cd {shlex.quote(str(folder))} && {start}"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            start_new_session=True,  # a Ctrl-C is the launcher's to answer
-        )
+        command = way(host, f"cd {shlex.quote(str(folder))} && {start}")
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                start_new_session=True,  # a Ctrl-C is the launcher's to answer
+            )
+        except FileNotFoundError:
+            raise UserError(
+                f"{command[0]}: not installed here; hosts are asked with it: install it, or choose another --launcher"
+            ) from None
         self._writing = threading.Lock()
         self._asked: dict[int, Queue[dict[str, Any] | None]] = {}
         self._number = 0

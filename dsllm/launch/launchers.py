@@ -77,7 +77,7 @@ def choose_launcher(given: str | None, topology: Topology, is_dry: bool = False)
         raise UserError("--launcher: given local, which starts ranks on this machine alone; leave it out for others")
     if launcher in ("pdsh", "ssh") and topology.is_local:
         raise UserError(f"--launcher: given {launcher} for this machine alone; add --hostfile, which names other hosts")
-    if launcher == "slurm" and topology.hostfile is not None:
+    if launcher == "slurm" and (topology.hostfile is not None or topology.is_local):  # local: it names this machine
         raise UserError("--launcher: given slurm with a hostfile; leave --hostfile out: the Slurm job has its hosts")
     if is_dry:
         return launcher

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 from dsllm.errors import UserError
+from dsllm.launch.agent import RANK_VARIABLES
 from dsllm.launch.ending import Signs
 from dsllm.launch.hosts import HostError, Hosts
 from dsllm.launch.launchers import Start
@@ -86,19 +87,29 @@ class _Attempt:
                     processes.append(self._start(start))
                 self._wait()
             finally:
-                lost = self._hosts.lost()  # before the sweep: a host may be lost by it
+                # before the sweep: a host may be lost by it, and commands of this machine are ended
+                lost, has_ended = self._hosts.lost(), [process.poll() is not None for process in processes]
                 words = self._last_words()
                 left_behind, not_swept = self._sweep()
                 _end(processes)
         for relay in self._relays:
             relay.join(POLL_SECONDS)
         statuses = [process.returncode for process in processes]
-        exits = {start.host: status for start, status in zip(starts, statuses, strict=True) if start.host is not None}
+        exits = {
+            start.host: status
+            for start, status, has_ended_itself in zip(starts, statuses, has_ended, strict=True)
+            if start.host is not None and has_ended_itself
+        }
         signs = Signs(statuses, {**exits, **self._exits}, lost, words, self._asked_by)
         return Watched(signs, left_behind, not_swept)
 
     def _start(self, start: Start) -> subprocess.Popen[str]:
-        own = {name: value for name, value in os.environ.items() if not name.startswith(start.without or ("\0",))}
+        # A shell inside a job of Slurm has the variables of a rank and is none; what it starts would be taken for one.
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in RANK_VARIABLES and not name.startswith(start.without)
+        }
         is_relayed = start.host is not None or start.is_labelled
         try:
             process = subprocess.Popen(
@@ -127,11 +138,7 @@ class _Attempt:
         deadline = None
         while running := [process for process in self._processes if process.poll() is None]:
             self._hand_signals_on()
-            if deadline is None and (
-                any(process.returncode for process in self._processes)
-                or any(self._exits.values())
-                or self._hosts.lost()
-            ):
+            if deadline is None and self._has_failed():
                 deadline = time.monotonic() + ENDING_SECONDS
             if self._ends_now or (deadline is not None and time.monotonic() > deadline):
                 return
