@@ -78,7 +78,8 @@ def run_light(command: str, workspace: Path) -> str:
     """What a light command prints, errors included, without this machine's paths."""
     beside_python = Path(sys.executable).parent
     environment = {
-        **{name: value for name, value in os.environ.items() if name not in selected(os.environ)},  # a launch tells them
+        # without what a launch would tell its hosts, which differs
+        **{name: value for name, value in os.environ.items() if name not in selected(os.environ)},
         "PATH": f"{beside_python}{os.pathsep}{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
     }

@@ -1,6 +1,7 @@
 """What the doctor makes of what it is told: facts of hosts become findings, each with its remedy.
 
-Nobody here has a GPU or a network of hosts: those facts are made up. Real hosts are in tests/cluster/test_doctor_on_hosts.py.
+Nobody here has a GPU or a network of hosts: those facts are made up. Real hosts are in
+tests/cluster/test_doctor_on_hosts.py.
 """
 
 from __future__ import annotations
