@@ -116,6 +116,7 @@ LIGHT_COMMANDS = [
     ["hostfile", "--help"],
     ["doctor", "--help"],
     ["launch", "quickstart", "--dry-run"],
+    ["launch", "quickstart", "--hostfile", "hostfiles/two-node", "--set", "batch.micro_batch_size=1", "--dry-run"],
     ["data", "--help"],
     ["data", "prepare", "--help"],
     ["check", "--help"],
