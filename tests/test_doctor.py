@@ -543,6 +543,19 @@ def test_the_prediction_is_that_of_the_engine():
 # In all
 
 
+def test_a_start_without_the_doctor_is_refused_only_where_ranks_cannot_start_or_meet():
+    findings = (
+        Finding("a", "clock", "failed", "its clock is wrong"),
+        Finding("b", "port", "failed", "timed out"),
+        Finding("c", "reach", "warned", "slow"),
+        Finding("d", "reach", "failed", "refused"),
+    )
+    report = Report(tuple("abcd"), {}, findings, None)
+    assert report.against(asks_doctor=True) == report.failed
+    assert list(report.failed) == ["a", "b", "d"]
+    assert report.against(asks_doctor=False) == {"b": [findings[1]], "d": [findings[3]]}
+
+
 def test_a_long_list_of_hosts_is_cut_short():
     assert listed(["a", "b"]) == "a, b"
     assert listed([str(number) for number in range(1000)]) == "0, 1, 2, 3, 4 and 995 more"

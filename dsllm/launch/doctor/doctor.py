@@ -32,6 +32,8 @@ TOKENS_LOOKED_FOR = 32
 """Hosts whose files each host looks for: enough to know which folder it sees."""
 MEETING: tuple[Check, ...] = ("python", "versions", "dsllm", "port")
 """What has to be right for ranks to meet."""
+REACHING: tuple[Check, ...] = ("reach", "port")
+"""What counts even where the doctor is not asked: without it no rank starts, or none meets another."""
 HOST_SIDE = Path(__file__).with_name("host_side.py")
 
 
@@ -72,8 +74,14 @@ class Report:
 
     @property
     def failed(self) -> dict[str, list[Finding]]:
-        """What stands against a start, by host."""
-        return failures(self.findings)
+        """All that stands against a start, by host."""
+        return self.against(asks_doctor=True)
+
+    def against(self, asks_doctor: bool) -> dict[str, list[Finding]]:
+        """What stands against a start, by host; where the doctor is not asked (--no-doctor), only that its ranks could
+        not be started, or not meet."""
+        counted = (finding for finding in self.findings if asks_doctor or finding.check in REACHING)
+        return failures(counted)
 
     @property
     def healthy(self) -> list[str]:
