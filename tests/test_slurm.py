@@ -9,7 +9,7 @@ import pytest
 
 from dsllm.errors import UserError
 from dsllm.launch.hostfile import Host
-from dsllm.launch.slurm import in_allocation_order, in_step, rendezvous_port, srun_command, srun_one
+from dsllm.launch.slurm import in_allocation_order, srun_command, srun_one
 
 
 def test_every_rank_is_a_task_and_hosts_are_filled_in_order() -> None:
@@ -60,22 +60,3 @@ def test_hosts_come_in_the_order_in_which_srun_has_them() -> None:
 def test_a_host_outside_the_job_is_refused() -> None:
     with pytest.raises(UserError, match=r"host 'b': not one of this Slurm job's, which are gpu\[1-3\]; name hosts as"):
         in_allocation_order([Host("b", 8)], {"SLURM_JOB_NODELIST": "gpu[1-3]"})
-
-
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [("0", True), ("17", True), (None, False), ("", False), ("4294967290", False), ("4294967291", False)],
-)
-def test_a_batch_script_and_the_shell_of_salloc_are_no_steps(step: str | None, expected: bool) -> None:
-    assert in_step({} if step is None else {"SLURM_STEP_ID": step}) is expected
-
-
-def test_the_port_follows_from_the_job_and_is_none_that_linux_gives_away() -> None:
-    ports = {rendezvous_port({"SLURM_JOB_ID": str(job)}) for job in range(100_000, 130_000)}
-    assert (min(ports), max(ports), len(ports)) == (10_000, 29_999, 20_000)
-
-
-@pytest.mark.parametrize("job", [None, "", "12a"])
-def test_without_a_job_there_is_no_port(job: str | None) -> None:
-    with pytest.raises(UserError, match=r"SLURM_JOB_ID: given '.*'; must be the number of a job; start the run inside"):
-        rendezvous_port({} if job is None else {"SLURM_JOB_ID": job})

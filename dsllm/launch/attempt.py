@@ -17,7 +17,7 @@ from dsllm.launch.history import read_history
 from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import HostError, Hosts, on_this_machine
 from dsllm.launch.launchers import Launcher, Meeting, Start, starts, train_arguments, way_to_hosts
-from dsllm.launch.slurm import rendezvous_port
+from dsllm.launch.slurm_job import rendezvous_port
 from dsllm.launch.supervisor import Screen, watch_ranks
 from dsllm.launch.topology import THIS_MACHINE, Topology
 from dsllm.spec.sections import Spec

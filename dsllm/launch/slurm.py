@@ -10,15 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 
 from dsllm.errors import UserError
-from dsllm.launch.allocation import expand_nodelist
 from dsllm.launch.hostfile import Host
-
-_FIRST_SPECIAL_STEP = 0xFFFF_FFF0
-"""From here on ids are not those of steps that srun was asked for, but the batch script's, salloc's shell's, ssh's."""
-
-_FIRST_PORT = 10_000
-_NUM_PORTS = 20_000
-"""Below the ports that Linux hands out itself, from 32768."""
+from dsllm.launch.slurm_job import expand_nodelist, in_step
 
 _OPTIONS_OF_THE_JOB = (
     "SLURM_GPUS",  # of the whole job: more than a step on one of its hosts can have
@@ -111,23 +104,6 @@ def in_allocation_order(hosts: Sequence[Host], environment: Mapping[str, str]) -
                 "name hosts as Slurm does, or leave --hostfile out"
             )
     return sorted(hosts, key=lambda host: place[host.name])
-
-
-def in_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process, rather than a batch script, or the shell of an allocation."""
-    step = environment.get("SLURM_STEP_ID", "")
-    return step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
-
-
-def rendezvous_port(environment: Mapping[str, str]) -> int:
-    """A port for the ranks to meet at that two jobs on one node are unlikely to share, where none can be asked for.
-
-    Raises UserError outside a Slurm job.
-    """
-    job = environment.get("SLURM_JOB_ID", "")
-    if not job.isdecimal():
-        raise UserError(f"SLURM_JOB_ID: given '{job}'; must be the number of a job; start the run inside a Slurm job")
-    return _FIRST_PORT + int(job) % _NUM_PORTS
 
 
 def is_job_of_several_nodes(environment: Mapping[str, str]) -> bool:
