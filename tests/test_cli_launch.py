@@ -125,6 +125,17 @@ def test_in_a_job_of_slurm_srun_starts_the_ranks_and_hands_the_environment_on(
     assert more[2].startswith("told to every host: ")
 
 
+def test_on_a_login_node_srun_starts_the_ranks_of_a_job_of_one_node_unless_they_are_wanted_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**TWO_NODES, "SLURM_JOB_NODELIST": "gpu1", "SLURM_JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(name, value)
+    line, *_ = dry_run(capsys)
+    assert {"--ntasks=2", "--nodelist=gpu1"} <= set(shlex.split(line))
+    (line,) = dry_run(capsys, "--launcher", "local", "--num-gpus", "2")
+    assert "srun" not in line
+
+
 def test_a_thousand_hosts_are_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"worker-{number:04} slots=8\n" for number in range(1000)))

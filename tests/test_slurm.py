@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 
 import pytest
 
 from dsllm.errors import UserError
 from dsllm.launch.hostfile import Host
-from dsllm.launch.slurm import in_allocation_order, srun_command, srun_one
+from dsllm.launch.slurm import in_allocation_order, needs_srun, srun_command, srun_one
 
 
 def test_every_rank_is_a_task_and_hosts_are_filled_in_order() -> None:
@@ -60,3 +61,31 @@ def test_hosts_come_in_the_order_in_which_srun_has_them() -> None:
 def test_a_host_outside_the_job_is_refused() -> None:
     with pytest.raises(UserError, match=r"host 'b': not one of this Slurm job's, which are gpu\[1-3\]; name hosts as"):
         in_allocation_order([Host("b", 8)], {"SLURM_JOB_NODELIST": "gpu[1-3]"})
+
+
+@pytest.mark.parametrize(
+    ("machine", "nodes", "variables", "expected"),
+    [
+        ("gpu1", "gpu1", {}, False),
+        ("gpu1.cluster", "gpu1", {}, False),
+        ("gpu1", "gpu1.cluster", {}, False),
+        ("ip-10-0-0-7", "gpu1", {"SLURMD_NODENAME": "gpu1"}, False),
+        ("login", "gpu1", {}, True),
+        ("login.cluster", "gpu1.cluster", {}, True),
+        ("login", "gpu1", {"SLURMD_NODENAME": "gpu9"}, True),  # of a job inside which salloc was called
+        ("gpu1", "gpu[1-2]", {}, True),
+        ("gpu1", "gpu[1-2]", {"SLURM_STEP_ID": "0"}, False),
+        ("login", "gpu1", {"SLURM_STEP_ID": "0"}, False),
+        ("login", "gpu1", {"SLURM_STEP_ID": "4294967290"}, True),
+    ],
+)
+def test_a_run_in_a_job_is_never_one_on_the_login_node_alone(
+    monkeypatch: pytest.MonkeyPatch, machine: str, nodes: str, variables: dict[str, str], expected: bool
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: machine)
+    num_nodes = "2" if "[" in nodes else "1"
+    assert needs_srun({"SLURM_JOB_NODELIST": nodes, "SLURM_JOB_NUM_NODES": num_nodes, **variables}) is expected
+
+
+def test_outside_a_job_no_srun_is_needed() -> None:
+    assert not needs_srun({})

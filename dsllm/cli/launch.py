@@ -146,12 +146,12 @@ def topology_of(
 ) -> Topology:
     """Where the ranks run. Raises UserError where hosts, slots or GPUs are fewer than asked for."""
     from dsllm.errors import UserError
-    from dsllm.launch.slurm import in_allocation_order, is_job_of_several_nodes
+    from dsllm.launch.slurm import in_allocation_order, needs_srun
     from dsllm.launch.topology import count_gpus, hostfile_topology, hosts_topology, local_topology
 
     if hostfile is not None:
         return hostfile_topology(hostfile, num_nodes, num_gpus, include, exclude, gpus=count_gpus())
-    if launcher == "slurm" or (launcher is None and is_job_of_several_nodes(os.environ)):
+    if launcher == "slurm" or (launcher is None and needs_srun(os.environ)):
         from dsllm.launch.allocation import slurm_hosts
 
         hosts = in_allocation_order(slurm_hosts(os.environ), os.environ)

@@ -7,6 +7,7 @@ take them from the variables of the job: `SLURM_NTASKS`, `SLURM_EXPORT_ENV` and 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 
 from dsllm.errors import UserError
@@ -106,6 +107,23 @@ def in_allocation_order(hosts: Sequence[Host], environment: Mapping[str, str]) -
     return sorted(hosts, key=lambda host: place[host.name])
 
 
-def is_job_of_several_nodes(environment: Mapping[str, str]) -> bool:
-    """Whether this process is the batch script or the shell of such a job: a run on this node alone is not meant."""
-    return not in_step(environment) and environment.get("SLURM_JOB_NUM_NODES", "1") not in ("", "1")
+def needs_srun(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the batch script or the shell of a job that has other nodes than this machine, or only
+    others, as where salloc opens its shell on the login node: a run on this machine alone is not meant.
+
+    Raises UserError where Slurm's list of nodes is none.
+    """
+    if in_step(environment):
+        return False
+    if environment.get("SLURM_JOB_NUM_NODES", "1") not in ("", "1"):
+        return True
+    listed = environment.get("SLURM_JOB_NODELIST", "")
+    return listed != "" and not _is_one_of(expand_nodelist(listed, "SLURM_JOB_NODELIST"), environment)
+
+
+def _is_one_of(nodes: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether this machine is one of these nodes: by the name that Slurm's daemon has given its processes here, or by
+    its own, either of which may have a domain."""
+    own = socket.gethostname()
+    same = {environment.get("SLURMD_NODENAME"), own, own.partition(".")[0]}
+    return any(node in same or node.partition(".")[0] == own for node in nodes)
