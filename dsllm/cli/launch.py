@@ -109,9 +109,9 @@ def launch(
     _check_resume(resume)
     stop_after_seconds = None if stop_after is None else parse_duration(stop_after, "--stop-after")
     if write_sbatch is not None:
-        from dsllm.cli.job_script import write_job_script
+        from dsllm.cli.job_script import check_job_options, write_job_script
 
-        _check_job_options(include, exclude, launcher)
+        check_job_options(include, exclude, launcher, resume)
         in_job = train_arguments(spec, run_dir, resume, overrides or [], stop_after)
         in_job += _given(max_restarts, min_hosts, doctor, master_port)
         write_job_script(Path(write_sbatch), loaded, num_nodes, num_gpus, hostfile, run_dir, in_job, sbatch or [])
@@ -147,12 +147,12 @@ def topology_of(
 ) -> Topology:
     """Where the ranks run. Raises UserError where hosts, slots or GPUs are fewer than asked for."""
     from dsllm.errors import UserError
-    from dsllm.launch.slurm import in_allocation_order, is_job_of_several_nodes
+    from dsllm.launch.slurm import in_allocation_order, needs_srun
     from dsllm.launch.topology import count_gpus, hostfile_topology, hosts_topology, local_topology
 
     if hostfile is not None:
         return hostfile_topology(hostfile, num_nodes, num_gpus, include, exclude, gpus=count_gpus())
-    if launcher == "slurm" or (launcher is None and is_job_of_several_nodes(os.environ)):
+    if launcher == "slurm" or (launcher is None and needs_srun(os.environ)):
         from dsllm.launch.allocation import slurm_hosts
 
         hosts = in_allocation_order(slurm_hosts(os.environ), os.environ)
@@ -234,18 +234,6 @@ def _check_resume(resume: str) -> None:
     if resume not in ("auto", "never") and not Path(resume).exists():
         raise UserError(
             f"--resume: given '{resume}'; there is no such path; must be auto, never or a checkpoint's path"
-        )
-
-
-def _check_job_options(include: str | None, exclude: str | None, launcher: str | None) -> None:
-    from dsllm.errors import UserError
-
-    for option, given in (("--include", include), ("--exclude", exclude)):
-        if given is not None:
-            raise UserError(f"--write-sbatch: given with {option} {given}; Slurm chooses the hosts: leave it out")
-    if launcher not in (None, "slurm"):
-        raise UserError(
-            f"--write-sbatch: given with --launcher {launcher}; srun starts the ranks of a job: leave it out"
         )
 
 

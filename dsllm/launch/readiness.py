@@ -15,7 +15,7 @@ from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import HostError, Hosts, on_this_machine
 from dsllm.launch.launchers import Launcher, Meeting, way_to_hosts
 from dsllm.launch.run_plan import RunPlan
-from dsllm.launch.slurm import rendezvous_port
+from dsllm.launch.slurm_job import rendezvous_port
 from dsllm.launch.topology import THIS_MACHINE, Topology
 from dsllm.plan.batch import check_batch
 from dsllm.spec.sections import Spec
