@@ -125,6 +125,17 @@ def test_in_a_job_of_slurm_srun_starts_the_ranks_and_hands_the_environment_on(
     assert more[2].startswith("told to every host: ")
 
 
+def test_on_a_login_node_srun_starts_the_ranks_of_a_job_of_one_node_unless_they_are_wanted_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**TWO_NODES, "SLURM_JOB_NODELIST": "gpu1", "SLURM_JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(name, value)
+    line, *_ = dry_run(capsys)
+    assert {"--ntasks=2", "--nodelist=gpu1"} <= set(shlex.split(line))
+    (line,) = dry_run(capsys, "--launcher", "local", "--num-gpus", "2")
+    assert "srun" not in line
+
+
 def test_a_thousand_hosts_are_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"worker-{number:04} slots=8\n" for number in range(1000)))
@@ -233,7 +244,7 @@ def test_a_job_script_takes_every_option_along(
     status, out, err = run(
         capsys,
         *("launch", "quickstart", "--write-sbatch", "job", "--num-nodes", "2", "--num-gpus", "1"),
-        *("--run-dir", "my run", "--resume", "never", "--set", "seed=1", "--stop-after", "2h", "--max-restarts", "3"),
+        *("--run-dir", "my run", "--set", "seed=1", "--stop-after", "2h", "--max-restarts", "3"),
         *("--min-hosts", "1", "--no-doctor", "--master-port", "29777", "--sbatch=--partition=big"),
     )
     assert (status, err) == (0, "")
@@ -242,7 +253,7 @@ def test_a_job_script_takes_every_option_along(
     assert {"#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --partition=big"} <= set(lines)
     words = shlex.split(lines[-1])
     assert words[words.index("launch") + 1 :] == [
-        *("--spec", "quickstart", "--run-dir", "my run", "--resume", "never", "--stop-after", "2h", "--set", "seed=1"),
+        *("--spec", "quickstart", "--run-dir", "my run", "--stop-after", "2h", "--set", "seed=1"),
         *("--max-restarts", "3", "--min-hosts", "1", "--master-port", "29777", "--no-doctor", "--launcher", "slurm"),
     ]
     assert (tmp_path / "my run" / "logs").is_dir()
@@ -260,6 +271,16 @@ def test_a_job_script_takes_every_option_along(
         (
             ["--num-gpus", "1", "--launcher", "pdsh"],
             "--write-sbatch: given with --launcher pdsh; srun starts the ranks",
+        ),
+        (
+            ["--num-gpus", "1", "--resume", "never"],
+            "--write-sbatch: given with --resume never, which every job but the first would refuse; leave it out: a "
+            "job goes on from the run's own newest checkpoint, and starts afresh in a new --run-dir",
+        ),
+        (
+            ["--num-gpus", "1", "--resume", "/"],
+            "--write-sbatch: given with --resume /, to which every job would go back; leave it out: a job goes on from "
+            "the run's own newest checkpoint; make its first by dsllm launch --resume / --stop-after 10m inside an sal",
         ),
         (["--num-gpus", "1", "--sbatch", "qos"], "--write-sbatch: given 'qos'; must be an option of sbatch, such as"),
     ],

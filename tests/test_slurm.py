@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 
 import pytest
 
 from dsllm.errors import UserError
 from dsllm.launch.hostfile import Host
-from dsllm.launch.slurm import in_allocation_order, in_step, rendezvous_port, srun_command, srun_one
+from dsllm.launch.slurm import in_allocation_order, needs_srun, srun_command, srun_one
 
 
 def test_every_rank_is_a_task_and_hosts_are_filled_in_order() -> None:
@@ -63,19 +64,28 @@ def test_a_host_outside_the_job_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "expected"),
-    [("0", True), ("17", True), (None, False), ("", False), ("4294967290", False), ("4294967291", False)],
+    ("machine", "nodes", "variables", "expected"),
+    [
+        ("gpu1", "gpu1", {}, False),
+        ("gpu1.cluster", "gpu1", {}, False),
+        ("gpu1", "gpu1.cluster", {}, False),
+        ("ip-10-0-0-7", "gpu1", {"SLURMD_NODENAME": "gpu1"}, False),
+        ("login", "gpu1", {}, True),
+        ("login.cluster", "gpu1.cluster", {}, True),
+        ("login", "gpu1", {"SLURMD_NODENAME": "gpu9"}, True),  # of a job inside which salloc was called
+        ("gpu1", "gpu[1-2]", {}, True),
+        ("gpu1", "gpu[1-2]", {"SLURM_STEP_ID": "0"}, False),
+        ("login", "gpu1", {"SLURM_STEP_ID": "0"}, False),
+        ("login", "gpu1", {"SLURM_STEP_ID": "4294967290"}, True),
+    ],
 )
-def test_a_batch_script_and_the_shell_of_salloc_are_no_steps(step: str | None, expected: bool) -> None:
-    assert in_step({} if step is None else {"SLURM_STEP_ID": step}) is expected
+def test_a_run_in_a_job_is_never_one_on_the_login_node_alone(
+    monkeypatch: pytest.MonkeyPatch, machine: str, nodes: str, variables: dict[str, str], expected: bool
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: machine)
+    num_nodes = "2" if "[" in nodes else "1"
+    assert needs_srun({"SLURM_JOB_NODELIST": nodes, "SLURM_JOB_NUM_NODES": num_nodes, **variables}) is expected
 
 
-def test_the_port_follows_from_the_job_and_is_none_that_linux_gives_away() -> None:
-    ports = {rendezvous_port({"SLURM_JOB_ID": str(job)}) for job in range(100_000, 130_000)}
-    assert (min(ports), max(ports), len(ports)) == (10_000, 29_999, 20_000)
-
-
-@pytest.mark.parametrize("job", [None, "", "12a"])
-def test_without_a_job_there_is_no_port(job: str | None) -> None:
-    with pytest.raises(UserError, match=r"SLURM_JOB_ID: given '.*'; must be the number of a job; start the run inside"):
-        rendezvous_port({} if job is None else {"SLURM_JOB_ID": job})
+def test_outside_a_job_no_srun_is_needed() -> None:
+    assert not needs_srun({})

@@ -7,18 +7,12 @@ take them from the variables of the job: `SLURM_NTASKS`, `SLURM_EXPORT_ENV` and 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 
 from dsllm.errors import UserError
-from dsllm.launch.allocation import expand_nodelist
 from dsllm.launch.hostfile import Host
-
-_FIRST_SPECIAL_STEP = 0xFFFF_FFF0
-"""From here on ids are not those of steps that srun was asked for, but the batch script's, salloc's shell's, ssh's."""
-
-_FIRST_PORT = 10_000
-_NUM_PORTS = 20_000
-"""Below the ports that Linux hands out itself, from 32768."""
+from dsllm.launch.slurm_job import expand_nodelist, in_step
 
 _OPTIONS_OF_THE_JOB = (
     "SLURM_GPUS",  # of the whole job: more than a step on one of its hosts can have
@@ -113,23 +107,23 @@ def in_allocation_order(hosts: Sequence[Host], environment: Mapping[str, str]) -
     return sorted(hosts, key=lambda host: place[host.name])
 
 
-def in_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process, rather than a batch script, or the shell of an allocation."""
-    step = environment.get("SLURM_STEP_ID", "")
-    return step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
+def needs_srun(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the batch script or the shell of a job that has other nodes than this machine, or only
+    others, as where salloc opens its shell on the login node: a run on this machine alone is not meant.
 
-
-def rendezvous_port(environment: Mapping[str, str]) -> int:
-    """A port for the ranks to meet at that two jobs on one node are unlikely to share, where none can be asked for.
-
-    Raises UserError outside a Slurm job.
+    Raises UserError where Slurm's list of nodes is none.
     """
-    job = environment.get("SLURM_JOB_ID", "")
-    if not job.isdecimal():
-        raise UserError(f"SLURM_JOB_ID: given '{job}'; must be the number of a job; start the run inside a Slurm job")
-    return _FIRST_PORT + int(job) % _NUM_PORTS
+    if in_step(environment):
+        return False
+    if environment.get("SLURM_JOB_NUM_NODES", "1") not in ("", "1"):
+        return True
+    listed = environment.get("SLURM_JOB_NODELIST", "")
+    return listed != "" and not _is_one_of(expand_nodelist(listed, "SLURM_JOB_NODELIST"), environment)
 
 
-def is_job_of_several_nodes(environment: Mapping[str, str]) -> bool:
-    """Whether this process is the batch script or the shell of such a job: a run on this node alone is not meant."""
-    return not in_step(environment) and environment.get("SLURM_JOB_NUM_NODES", "1") not in ("", "1")
+def _is_one_of(nodes: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether this machine is one of these nodes: by the name that Slurm's daemon has given its processes here, or by
+    its own, either of which may have a domain."""
+    own = socket.gethostname()
+    same = {environment.get("SLURMD_NODENAME"), own, own.partition(".")[0]}
+    return any(node in same or node.partition(".")[0] == own for node in nodes)
