@@ -49,6 +49,7 @@ HARD_CHARACTERS = st.text(st.sampled_from(" \"'\\$`%!*~#&;|<>(){}[]?\nab=n"), ma
 @pytest.fixture(autouse=True)
 def _plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr(launchers, "JOB_HOSTFILE", Path("/nowhere/hostfile"))
 
 
@@ -225,6 +226,12 @@ def test_ssh_starts_on_each_host_what_deepspeed_would() -> None:
             *(f"--node_rank={number}", "--master_addr=10.0.0.1", "--master_port=29501", "--log_level=error")
         ]
         assert words[13:] == [str(TRAIN_SCRIPT), *ARGUMENTS]
+
+
+def test_a_path_of_packages_goes_along_to_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/my packages")
+    words = shlex.split(start_all("ssh", HOSTFILE)[0].command[-1])
+    assert words[3:6] == ["exec", "env", "PYTHONPATH=/my packages"]
 
 
 def test_torchrun_on_several_hosts_numbers_them() -> None:
