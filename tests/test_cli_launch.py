@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from dsllm.cli.launch import _conclude
+from dsllm.cli.launch import conclude
 from dsllm.errors import DsllmError, UserError
 from dsllm.launch import launchers
 from dsllm.launch.agent import is_zombie
@@ -313,7 +313,7 @@ def test_a_job_script_that_cannot_be_written_is_one_line(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("cause", ["finished", "stopped"])
 def test_a_good_end_says_nothing_more(cause: str) -> None:
-    _conclude(Ending(cause, "all steps are done"))
+    conclude(Ending(cause, "all steps are done"))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_a_good_end_says_nothing_more(cause: str) -> None:
 )
 def test_what_rank_0_has_said_on_screen_is_not_said_again(ending: Ending, status: int) -> None:
     with pytest.raises(typer.Exit) as end:
-        _conclude(ending)
+        conclude(ending)
     assert end.value.exit_code == status
 
 
@@ -349,7 +349,7 @@ def test_what_rank_0_has_said_on_screen_is_not_said_again(ending: Ending, status
 )
 def test_what_nobody_has_said_on_screen_is_said(ending: Ending, kind: type[DsllmError], message: str) -> None:
     with pytest.raises(kind) as fault:
-        _conclude(ending)
+        conclude(ending)
     assert str(fault.value).startswith(message)
     assert fault.value.exit_code == ending.exit_status
 
