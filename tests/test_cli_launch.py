@@ -125,6 +125,18 @@ def test_in_a_job_of_slurm_srun_starts_the_ranks_and_hands_the_environment_on(
     assert more[2].startswith("told to every host: ")
 
 
+def test_in_a_job_of_slurm_the_same_gpus_are_chosen_of_every_host(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**TWO_NODES, "SLURM_GPUS_ON_NODE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    line, *_ = dry_run(capsys, "--include", "gpu1:1,3@gpu2:1,3", *FOUR_RANKS)
+    assert "cut -s -d, -f2,4" in line
+    status, out, err = run(capsys, "launch", "quickstart", "--include", "gpu1:0,1@gpu2:2,3", *FOUR_RANKS)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "given GPUs 0,1 of host 'gpu1' and 2,3 of 'gpu2'; must be the same of every host of a Slurm job" in err
+
+
 def test_on_a_login_node_srun_starts_the_ranks_of_a_job_of_one_node_unless_they_are_wanted_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

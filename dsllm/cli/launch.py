@@ -146,7 +146,7 @@ def topology_of(
 ) -> Topology:
     """Where the ranks run. Raises UserError where hosts, slots or GPUs are fewer than asked for."""
     from dsllm.errors import UserError
-    from dsllm.launch.slurm import in_allocation_order, needs_srun
+    from dsllm.launch.slurm import in_allocation_order, needs_srun, refuse_unlike_gpus
     from dsllm.launch.topology import count_gpus, hostfile_topology, hosts_topology, local_topology
 
     if hostfile is not None:
@@ -155,7 +155,9 @@ def topology_of(
         from dsllm.launch.allocation import slurm_hosts
 
         hosts = in_allocation_order(slurm_hosts(os.environ), os.environ)
-        return hosts_topology("the Slurm job", hosts, num_nodes, num_gpus, include, exclude)
+        topology = hosts_topology("the Slurm job", hosts, num_nodes, num_gpus, include, exclude)
+        refuse_unlike_gpus(topology.hosts)
+        return topology
     for option, given in (("--num-nodes", num_nodes), ("--include", include), ("--exclude", exclude)):
         if given not in (None, 1):
             raise UserError(f"{option}: given {given} without a hostfile; add --hostfile, which names the hosts")

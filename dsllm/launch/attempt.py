@@ -26,7 +26,7 @@ LAST_LINES = 20
 LISTED_HOSTS = 5
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 SETS_MEETING: tuple[Launcher, ...] = ("local", "pdsh", "ssh", "torchrun")
-"""Launchers that tell their ranks themselves where to meet, and which GPUs of a host are chosen."""
+"""Launchers that tell their ranks themselves where to meet."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _of_host(plan: Plan, host: Host, interfaces: Mapping[str, str]) -> dict[str,
     told = {}
     if host.name in interfaces:
         told = {name: interfaces[host.name] for name in INTERFACE_VARIABLES if name not in os.environ}
-    if host.chosen is not None and plan.launcher not in ("local", "pdsh", "ssh"):
+    if host.chosen is not None and plan.launcher in ("openmpi", "torchrun"):  # the others see to it themselves
         told["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slot_ids))
     return told
 
