@@ -180,7 +180,6 @@ def test_a_thousand_hosts_are_planned(capsys: pytest.CaptureFixture[str], tmp_pa
         (["--launcher", "ssh"], "--launcher: given ssh for this machine alone; add --hostfile"),
         (["--launcher", "slurm"], "SLURM_JOB_NODELIST: not set; start it inside a job of Slurm, with sbatch or salloc"),
         (["--min-hosts", "2"], "--min-hosts: given 2; the launch has 1; must be as many or fewer"),
-        (["--spec", "1b"], "launch: given 2 specs; name one, as in dsllm launch quickstart"),
     ],
 )
 def test_a_launch_that_cannot_work_is_refused_before_it_starts(
@@ -190,6 +189,18 @@ def test_a_launch_that_cannot_work_is_refused_before_it_starts(
     assert (status, out) == (2, "")
     assert err.startswith(f"dsllm: {message}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["launch"], "launch: given 0 specs; name one, as in dsllm launch quickstart"),
+        (["launch", "quickstart", "--spec", "1b"], "launch: given 2 specs; name one, as in dsllm launch quickstart"),
+        (["doctor", "quickstart", "--spec", "1b"], "doctor: given 2 specs; name one, as in dsllm doctor quickstart"),
+    ],
+)
+def test_one_spec_is_named_and_no_other(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert run(capsys, *arguments) == (2, "", f"dsllm: {message}\n")
 
 
 @pytest.mark.parametrize(

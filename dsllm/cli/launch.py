@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from dsllm.cli.options import Overrides
+from dsllm.cli.options import Overrides, one_spec
 
 if TYPE_CHECKING:
     from dsllm.launch.attempt import Plan
@@ -103,7 +103,7 @@ def launch(
     from dsllm.spec.load import load_spec
     from dsllm.units import parse_duration
 
-    spec = _one_spec(spec, spec_option)
+    spec = one_spec("launch", spec, spec_option)
     loaded = load_spec(spec, overrides or ())
     _check_resume(resume)
     stop_after_seconds = None if stop_after is None else parse_duration(stop_after, "--stop-after")
@@ -217,15 +217,6 @@ def _given(max_restarts: int, min_hosts: int | None, doctor: bool, master_port: 
     if master_port != DEFAULT_PORT:
         arguments += ["--master-port", str(master_port)]
     return arguments if doctor else [*arguments, "--no-doctor"]
-
-
-def _one_spec(argument: str | None, option: str | None) -> str:
-    from dsllm.errors import UserError
-
-    given = [spec for spec in (argument, option) if spec is not None]
-    if len(given) != 1:
-        raise UserError(f"launch: given {len(given)} specs; name one, as in dsllm launch quickstart")
-    return given[0]
 
 
 def _check_resume(resume: str) -> None:
