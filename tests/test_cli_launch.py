@@ -224,6 +224,11 @@ def test_one_spec_is_named_and_no_other(capsys: pytest.CaptureFixture[str], argu
             "--launcher: given slurm with a hostfile; leave --hostfile",
         ),
         ("localhost slots=1\n", ["--launcher", "slurm"], "--launcher: given slurm with a hostfile; leave --hostfile"),
+        (
+            "a slots=1\nfe80::1 slots=1\n",
+            ["--launcher", "openmpi", "--dry-run"],
+            "host 'fe80::1': given with --launch",
+        ),
         ("a slots=2\nb slots=1\n", [], "hosts with different slots (a 2, b 1) need one number of ranks; add --num-gpu"),
     ],
 )
