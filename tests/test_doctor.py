@@ -30,7 +30,7 @@ from dsllm.launch.doctor.rendezvous import _judge, find_rendezvous
 from dsllm.launch.doctor.software import PACKAGES, judge_software
 from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_unprepared
 from dsllm.launch.hostfile import Host
-from dsllm.launch.hosts import HostError, Hosts, on_this_machine
+from dsllm.launch.hosts import ANSWER_SECONDS, HostError, Hosts, on_this_machine
 from dsllm.launch.launchers import TRAIN_SCRIPT
 from dsllm.spec.load import load_spec
 from dsllm.units import GIB
@@ -506,6 +506,20 @@ def test_a_driver_that_fails_or_hangs_is_quoted(tmp_path, monkeypatch):
     assert "timed out after 0.2 seconds" in found["driver_error"]
 
 
+def test_a_host_has_time_to_ask_its_driver(tmp_path, monkeypatch):
+    """Which takes eight GPUs without persistence mode more than 5 s for each of two questions."""
+    asked = {}
+
+    class Recording(Hosts):
+        def ask_all(self, do, seconds=ANSWER_SECONDS, each=None, **arguments):
+            asked[do] = seconds
+            return super().ask_all(do, seconds, each, **arguments)
+
+    with Recording(["here"], on_this_machine) as hosts:
+        examine(hosts, Wanted((Host("here", 1),), run_dir=tmp_path / "run"))
+    assert asked["facts"] > 2 * host_side.SMI_SECONDS >= 40
+
+
 def test_a_manifest_has_the_hash_that_a_passport_has(tmp_path):
     (tmp_path / MANIFEST_FILE).write_text("{}")
     assert host_side.manifest(str(tmp_path)) == file_sha256(tmp_path / MANIFEST_FILE)
@@ -541,6 +555,19 @@ def test_the_prediction_is_that_of_the_engine():
 
 
 # In all
+
+
+def test_a_start_without_the_doctor_is_refused_only_where_ranks_cannot_start_or_meet():
+    findings = (
+        Finding("a", "clock", "failed", "its clock is wrong"),
+        Finding("b", "port", "failed", "timed out"),
+        Finding("c", "reach", "warned", "slow"),
+        Finding("d", "reach", "failed", "refused"),
+    )
+    report = Report(tuple("abcd"), {}, findings, None)
+    assert report.against(asks_doctor=True) == report.failed
+    assert list(report.failed) == ["a", "b", "d"]
+    assert report.against(asks_doctor=False) == {"b": [findings[1]], "d": [findings[3]]}
 
 
 def test_a_long_list_of_hosts_is_cut_short():

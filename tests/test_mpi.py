@@ -21,9 +21,7 @@ def test_ranks_are_placed_on_the_hosts_in_their_order() -> None:
 
 
 def test_an_address_with_colons_is_refused() -> None:
-    with pytest.raises(
-        UserError, match="host 'fe80::1': given with --launcher openmpi, whose mpirun takes no"
-    ):
+    with pytest.raises(UserError, match="host 'fe80::1': given with --launcher openmpi, whose mpirun takes no"):
         mpirun_command([Host("a", 8), Host("fe80::1", 8)], 8, ["true"])
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from dsllm.errors import UserError
-from dsllm.launch.attempt import Plan, _of_host
 from dsllm.launch.hostfile import Host
 from dsllm.launch.launchers import Launcher
+from dsllm.launch.readiness import _of_host
+from dsllm.launch.run_plan import RunPlan
 from dsllm.launch.slurm import in_allocation_order, needs_srun, refuse_unlike_gpus, srun_command, srun_one
 from dsllm.spec.load import load_spec
 
@@ -88,7 +89,7 @@ def test_chosen_gpus_are_those_of_the_list_that_slurm_sets_in_a_task(set_by_slur
 def test_chosen_gpus_are_told_only_where_the_launcher_does_not_select_them(
     launcher: Launcher, told: str | None
 ) -> None:
-    plan = Plan("quickstart", load_spec("quickstart"), Path("run"), launcher=launcher)
+    plan = RunPlan("quickstart", load_spec("quickstart"), Path("run"), launcher=launcher)
     assert _of_host(plan, Host("a", 2, (1, 3)), {}).get("CUDA_VISIBLE_DEVICES") == told
 
 

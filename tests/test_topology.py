@@ -56,6 +56,29 @@ def test_visible_devices_limit_the_gpus(monkeypatch: pytest.MonkeyPatch, listed:
     assert count_gpus() == count
 
 
+@pytest.mark.parametrize(
+    ("script", "count"),
+    [
+        ("echo 'GPU 0: NVIDIA H100'; echo '  MIG 1g.10gb Device 0:'; echo 'GPU 1: NVIDIA H100'", 2),
+        ("echo 'NVIDIA-SMI has failed'; exit 9", 3),
+        ("exec sleep 5", 3),
+        (None, 3),
+    ],
+)
+def test_a_driver_that_fails_or_hangs_does_not_turn_a_run_to_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str | None, count: int
+) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl"):
+        (tmp_path / name).touch()
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("dsllm.launch.topology.DEVICES", tmp_path)
+    monkeypatch.setattr("dsllm.launch.devices.SECONDS_TO_ANSWER", 0.2)
+    assert count_gpus() == count
+
+
 def test_a_selection_of_gpus_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
     assert local_topology(2, gpus=count_gpus()).devices == ("4", "5", "7")

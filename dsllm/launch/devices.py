@@ -11,10 +11,12 @@ from pathlib import Path
 
 from dsllm.units import MIB
 
+SMI = "nvidia-smi"
 FIELDS = "index,uuid,name,memory.total,memory.used,memory.free"
-QUERY = ("nvidia-smi", f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits")
-SECONDS_TO_ANSWER = 10.0
-"""A driver that hangs must not hang a prediction."""
+QUERY = (f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits")
+SECONDS_TO_ANSWER = 20.0
+"""A driver that hangs must not hang a prediction or a start; one without persistence mode wakes its GPUs for each
+question, which takes eight of them more than 5 s."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,26 @@ def calibration_file() -> Path:
 
 def local_gpus() -> list[LocalGpu]:
     """Those that a run may use, in the order of CUDA_VISIBLE_DEVICES; none where no driver answers."""
-    if shutil.which(QUERY[0]) is None:
+    if shutil.which(SMI) is None:
         return []
     from dsllm.launch.topology import selected_devices  # not needed where there is no driver, and not free
 
     selected = selected_devices()
     if selected == ():
         return []
-    try:
-        answer = subprocess.run(QUERY, capture_output=True, text=True, check=True, timeout=SECONDS_TO_ANSWER).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    found = [gpu for line in answer.splitlines() if (gpu := _gpu(line)) is not None]
+    found = [gpu for line in ask_driver(*QUERY) if (gpu := _gpu(line)) is not None]
     if selected is None:
         return [gpu for _, gpu in found]
     return [gpu for one in selected for names, gpu in found if _is_named(one, names)]
+
+
+def ask_driver(*options: str) -> list[str]:
+    """Lines that nvidia-smi answers; none where it is missing, fails, or takes longer than SECONDS_TO_ANSWER."""
+    try:
+        done = subprocess.run([SMI, *options], capture_output=True, text=True, check=True, timeout=SECONDS_TO_ANSWER)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines()
 
 
 def _gpu(line: str) -> tuple[tuple[str, str], LocalGpu] | None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsllm.errors import UserError
+from dsllm.launch.devices import ask_driver
 from dsllm.launch.hostfile import Host, read_hostfile, refuse_two_choices, select_hosts
 
 DEFAULT_CPU_RANKS = 2
 THIS_MACHINE = "localhost"
+DEVICES = Path("/dev")
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,13 @@ def selected_devices() -> tuple[str, ...] | None:
 
 
 def count_gpus() -> int:
-    """NVIDIA GPUs of this machine that a run may use, counted without torch; 0 where there is no driver."""
+    """NVIDIA GPUs of this machine that a run may use, counted without torch; 0 where there is no driver. One that fails
+    or hangs is no reason to train on the CPU: then the kernel's devices count, and ranks say what is wrong."""
     selected = selected_devices()
     if selected is not None:
         return len(selected)
-    if shutil.which("nvidia-smi"):
-        result = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-        return sum(line.startswith("GPU ") for line in result.stdout.splitlines())
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    listed = sum(line.startswith("GPU ") for line in ask_driver("--list-gpus"))
+    return listed or len(list(DEVICES.glob("nvidia[0-9]*")))
 
 
 def local_topology(num_gpus: int | None, gpus: int) -> Topology:

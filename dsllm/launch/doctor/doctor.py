@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsllm.launch.doctor import host_side
 from dsllm.launch.doctor.facts import Facts, FolderFacts, Links
 from dsllm.launch.doctor.finding import Check, Finding, failures, listed
 from dsllm.launch.doctor.machine import judge_clock, judge_machines, offset_outside
@@ -32,7 +33,10 @@ TOKENS_LOOKED_FOR = 32
 """Hosts whose files each host looks for: enough to know which folder it sees."""
 MEETING: tuple[Check, ...] = ("python", "versions", "dsllm", "port")
 """What has to be right for ranks to meet."""
-HOST_SIDE = Path(__file__).with_name("host_side.py")
+REACHING: tuple[Check, ...] = ("reach", "port")
+"""What counts even where the doctor is not asked: without it no rank starts, or none meets another."""
+FACTS_SECONDS = 2 * host_side.SMI_SECONDS + ANSWER_SECONDS
+"""nvidia-smi is asked twice, and the rest is done at once."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,14 @@ class Report:
 
     @property
     def failed(self) -> dict[str, list[Finding]]:
-        """What stands against a start, by host."""
-        return failures(self.findings)
+        """All that stands against a start, by host."""
+        return self.against(asks_doctor=True)
+
+    def against(self, asks_doctor: bool) -> dict[str, list[Finding]]:
+        """What stands against a start, by host; where the doctor is not asked (--no-doctor), only that its ranks could
+        not be started, or not meet."""
+        counted = (finding for finding in self.findings if asks_doctor or finding.check in REACHING)
+        return failures(counted)
 
     @property
     def healthy(self) -> list[str]:
@@ -162,7 +172,7 @@ class Ward:
 
 def _look(ward: Ward) -> dict[str, Facts]:
     """Who answers, what time it is there, and what the hosts are."""
-    for host in ward.ask("reach", "learn", source=HOST_SIDE.read_text(encoding="utf-8")):
+    for host in ward.ask("reach", "learn", source=Path(host_side.__file__).read_text(encoding="utf-8")):
         ward.findings.append(Finding(host, "reach", "passed", ""))
     with ThreadPoolExecutor(max_workers=max(1, len(ward.names))) as threads:
         offsets: dict[str, Any] = dict(
@@ -174,6 +184,7 @@ def _look(ward: Ward) -> dict[str, Facts]:
     answers = ward.ask(
         "reach",
         "facts",
+        FACTS_SECONDS,
         packages=list(PACKAGES),
         package_folder=str(TRAIN_SCRIPT.parent),
         spec=str(ward.wanted.spec_file) if ward.wanted.spec_file is not None else None,

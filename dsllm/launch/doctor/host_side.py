@@ -23,8 +23,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SMI_SECONDS = 5.0
-"""A driver that hangs must not hang the answer: three questions of these are less than the launcher's patience."""
+SMI_SECONDS = 20.0
+"""A driver that hangs must not hang the answer; one without persistence mode wakes its GPUs for each question, which
+takes eight of them more than 5 s."""
 GPU_FIELDS = "index,uuid,name,memory.total,memory.free,driver_version"
 PROCESS_FIELDS = "gpu_uuid,pid,used_memory,process_name"
 NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")
