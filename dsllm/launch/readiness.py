@@ -27,7 +27,7 @@ OWN_PORTS = 1000
 INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 SETS_MEETING: tuple[Launcher, ...] = ("local", "pdsh", "ssh", "torchrun")
 """Launchers that tell their ranks themselves where to meet."""
-CHOOSES_GPUS: tuple[Launcher, ...] = ("local", "pdsh", "ssh")
+CHOOSES_GPUS: tuple[Launcher, ...] = ("local", "pdsh", "ssh", "slurm")
 """Launchers that tell their ranks which GPUs of a host are chosen."""
 
 
