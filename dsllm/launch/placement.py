@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from dsllm.errors import UserError
 
 MASTER_PORT = 29500
-"""Of rank 0 where nothing else is said: DeepSpeed's own default (deepspeed/constants.py)."""
+"""Of rank 0 where nothing else is said: the default of DeepSpeed (deepspeed/constants.py) and torch.distributed."""
 SLURM_PORTS = 1000
 """Above it, for Slurm's jobs that may share a host: each takes one by its number."""
 FIRST_RESERVED_STEP = 0xFFFFFFF0
@@ -114,7 +114,7 @@ def _master(place: Place, environment: Mapping[str, str]) -> dict[str, str]:
         port = MASTER_PORT + int(environment.get("SLURM_JOB_ID", "0")) % SLURM_PORTS
         derived = {"MASTER_ADDR": first_host(nodes), "MASTER_PORT": str(port)}
         return {name: derived[name] for name in missing}
-    how = "mpirun -x MASTER_ADDR=… -x MASTER_PORT=29500" if place.launcher == "Open MPI" else "export both"
+    how = f"mpirun -x MASTER_ADDR=… -x MASTER_PORT={MASTER_PORT}" if place.launcher == "Open MPI" else "export both"
     raise UserError(
         f"{' and '.join(missing)}: not set for {place.world_size} ranks of {place.launcher}; must be the address of "
         f"rank 0's host and a free port there; {how}, or start with dsllm launch"
