@@ -23,10 +23,11 @@ from dsllm.launch.doctor.facts import Facts, FolderFacts, GpuFacts, GpuProcess, 
 from dsllm.launch.doctor.finding import Finding, listed
 from dsllm.launch.doctor.link import judge_links
 from dsllm.launch.doctor.machine import judge_clock, judge_machines, offset_outside
+from dsllm.launch.doctor.measure import _ranks
 from dsllm.launch.doctor.mesh import _blame
 from dsllm.launch.doctor.needs import Needs, predict
 from dsllm.launch.doctor.reach import unreachable
-from dsllm.launch.doctor.rendezvous import _judge, find_rendezvous
+from dsllm.launch.doctor.rendezvous import Rendezvous, _judge, find_rendezvous, interface_variables
 from dsllm.launch.doctor.software import PACKAGES, judge_software
 from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_unprepared
 from dsllm.launch.hostfile import Host
@@ -417,6 +418,15 @@ def test_of_hosts_that_cannot_reach_each_other_the_common_one_is_to_blame():
     assert (inward.host, inward.found) == ("b", "a cannot reach it (port 7: timed out)")
     (outward,) = _blame({("a", "b"): "port 7: timed out", ("a", "c"): "port 7: timed out"})
     assert (outward.host, outward.found) == ("a", "it cannot reach b, c (port 7: timed out)")
+
+
+def test_gloo_and_nccl_are_told_one_interface_and_not_all_that_begin_like_it():
+    """eth1 alone means eth10 too to NCCL; gloo knows no `=`."""
+    rendezvous = Rendezvous("10.0.0.1", 29500, {"a": "eth1", "b": "ib0"}, {"a": "10.0.0.1", "b": "10.0.0.2"})
+    assert interface_variables("eth1") == {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}
+    ranks = _ranks([Host("a", 1), Host("b", 1), Host("c", 1)], rendezvous, on_cpu=True)
+    told = [ranks[host]["environment"].get("NCCL_SOCKET_IFNAME") for host in "abc"]
+    assert told == ["=eth1", "=ib0", None]
 
 
 # This machine

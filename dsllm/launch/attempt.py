@@ -11,7 +11,7 @@ from pathlib import Path
 from dsllm.errors import DsllmError
 from dsllm.launch import environment
 from dsllm.launch.doctor.doctor import Report, Wanted, examine
-from dsllm.launch.doctor.rendezvous import PREFERRED_PORT
+from dsllm.launch.doctor.rendezvous import PREFERRED_PORT, interface_variables
 from dsllm.launch.ending import Ending, find_ending
 from dsllm.launch.history import read_history
 from dsllm.launch.hostfile import Host
@@ -24,7 +24,6 @@ from dsllm.spec.sections import Spec
 
 LAST_LINES = 20
 LISTED_HOSTS = 5
-INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 SETS_MEETING: tuple[Launcher, ...] = ("local", "pdsh", "ssh", "torchrun")
 """Launchers that tell their ranks themselves where to meet, and which GPUs of a host are chosen."""
 
@@ -191,7 +190,8 @@ def _of_host(plan: Plan, host: Host, interfaces: Mapping[str, str]) -> dict[str,
     """What depends on the host: the interface that leads to the others, and GPUs where only some are chosen."""
     told = {}
     if host.name in interfaces:
-        told = {name: interfaces[host.name] for name in INTERFACE_VARIABLES if name not in os.environ}
+        named = interface_variables(interfaces[host.name])
+        told = {name: value for name, value in named.items() if name not in os.environ}
     if host.chosen is not None and plan.launcher not in ("local", "pdsh", "ssh"):
         told["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slot_ids))
     return told
