@@ -22,7 +22,7 @@ from dsllm.launch.doctor.doctor import Report, Wanted, examine
 from dsllm.launch.doctor.facts import Facts, FolderFacts, GpuFacts, GpuProcess, Links, Pair
 from dsllm.launch.doctor.finding import Finding, listed
 from dsllm.launch.doctor.link import judge_links
-from dsllm.launch.doctor.machine import judge_clock, judge_machines, offset_outside
+from dsllm.launch.doctor.machine import Offset, judge_clocks, judge_machines
 from dsllm.launch.doctor.measure import _ranks
 from dsllm.launch.doctor.mesh import _blame
 from dsllm.launch.doctor.needs import Needs, predict
@@ -259,20 +259,49 @@ def test_on_the_cpu_ranks_need_cores_and_memory():
     assert "its ranks are predicted to need 160.00 GiB" in memory[3]
 
 
-@pytest.mark.parametrize(("offset", "outcome"), [(0.4, "passed"), (-4.9, "passed"), (6, "warned"), (-31, "failed")])
-def test_a_clock_is_judged_by_its_offset(offset, outcome):
-    assert judge_clock("b", offset).outcome == outcome
+def clocks(**seconds: float) -> list[tuple[str, str, str]]:
+    """Host, outcome and words of what is found of clocks that are so far ahead of the launcher's."""
+    found = judge_clocks({host: Offset(ahead, ahead + 0.01) for host, ahead in seconds.items()})
+    assert [one.host for one in found][: len(seconds)] == list(seconds)
+    return [(one.host, one.outcome, one.found) for one in found if one.outcome != "passed"]
+
+
+@pytest.mark.parametrize(("ahead", "outcome"), [(0.4, None), (-4.9, None), (6, "warned"), (-31, "failed")])
+def test_a_clock_is_judged_by_its_distance_to_the_others(ahead, outcome):
+    assert [one[:2] for one in clocks(a=0, b=ahead, c=0)] == ([] if outcome is None else [("b", outcome)])
 
 
 def test_what_the_way_may_have_taken_is_no_offset():
-    assert offset_outside(100.0, 109.0, 110.0) == 0
-    assert offset_outside(100.0, 90.0, 110.0) == -10
-    assert offset_outside(100.0, 410.0, 110.0) == 300
+    here = Offset(0.0, 0.0)
+    assert Offset.seen(100.0, 109.0, 110.0).ahead_of(here) == 0
+    assert Offset.seen(100.0, 90.0, 110.0).ahead_of(here) == -10
+    assert Offset.seen(100.0, 410.0, 110.0).ahead_of(here) == 300
+    assert Offset(-10.0, 5.0).ahead_of(Offset(5.0, 20.0)) == 0
 
 
 def test_a_clock_behind_is_told_from_one_ahead():
-    assert judge_clock("b", -300).found == "its clock is 300 s behind this machine's"
-    assert judge_clock("b", 40).found == "its clock is 40 s ahead of this machine's"
+    assert clocks(a=0, b=-300, c=0) == [("b", "failed", "its clock is 300 s behind a's")]
+    assert clocks(a=40, b=0, c=0) == [("a", "failed", "its clock is 40 s ahead of b's")]
+
+
+def test_hosts_that_agree_are_ready_though_the_launchers_clock_is_off():
+    warned = [("a", "warned", "this machine's clock is 300 s behind a's")]
+    assert clocks(a=300, b=300.5) == warned
+    assert clocks(a=300, b=300.5, c=300) == warned
+    assert clocks(a=300) == warned
+
+
+def test_of_two_clocks_that_of_the_launcher_decides_which_is_wrong():
+    assert clocks(a=300, b=0) == [("a", "failed", "its clock is 300 s ahead of b's")]
+    assert clocks(a=0, b=300) == [("b", "failed", "its clock is 300 s ahead of a's")]
+    assert clocks(a=300, b=-300) == [
+        ("a", "failed", "its clock is 300 s ahead of this machine's"),
+        ("b", "failed", "its clock is 300 s behind this machine's"),
+    ]
+
+
+def test_of_a_launcher_that_is_off_with_its_host_only_the_host_is_told():
+    assert clocks(a=0, b=300, c=300) == [("a", "failed", "its clock is 300 s behind b's")]
 
 
 # Folders

@@ -48,7 +48,12 @@ def examine(pair: namespaces.Cluster, tmp_path: Path, run_dir: Path) -> Callable
     """`dsllm doctor` as it is started on host-a, on both hosts; its folders are those of the test."""
 
     def run(
-        *arguments: str | Path, spec: str | Path = "quickstart", slots: int = 1, quick: bool = True, cwd: Path = ROOT
+        *arguments: str | Path,
+        spec: str | Path = "quickstart",
+        slots: int = 1,
+        quick: bool = True,
+        cwd: Path = ROOT,
+        path: str = str(ROOT),
     ):
         hostfile = pair.write_hostfile(tmp_path / "hosts", slots)
         return pair.hosts[0].run(
@@ -57,7 +62,7 @@ def examine(pair: namespaces.Cluster, tmp_path: Path, run_dir: Path) -> Callable
                 *("--set", f"data.directory={tmp_path / 'data'}", *(["--quick"] if quick else []), *arguments),
             ],
             cwd=cwd,
-            env={"PYTHONPATH": str(ROOT)},
+            env={"PYTHONPATH": path},
             timeout_seconds=100,
         )
 
@@ -189,10 +194,25 @@ def test_more_slots_than_cores_are_refused(examine):
 
 
 def test_a_clock_that_is_five_minutes_behind_is_named(examine, b, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(SHIFTED_CLOCK)
-    with b.set_environment(PYTHONPATH=str(tmp_path)):
-        words = finding(examine(), "clock")
-    assert re.match(r"its clock is (299|300) s behind this machine's\n    -> let NTP keep it there", words)
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (there / "sitecustomize.py").write_text(SHIFTED_CLOCK)
+    with b.overlay(here, there), b.set_environment(PYTHONPATH=str(here)):
+        words = finding(examine(path=f"{ROOT}:{here}"), "clock")
+    assert re.match(r"its clock is (299|300) s behind host-a's\n    -> let NTP keep it there", words)
+
+
+def test_a_launcher_whose_clock_is_five_minutes_behind_only_warns(examine, tmp_path):
+    of_launcher = "".join(f"    {line}\n" for line in SHIFTED_CLOCK.splitlines())
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nif 'dsllm.cli.app' in sys.orig_argv:\n{of_launcher}")
+    result = examine("--include", "host-b", path=f"{ROOT}:{tmp_path}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(
+        r"^host-b: clock warned: this machine's clock is (299|300) s behind host-b's\n    -> let NTP keep it: ",
+        result.stdout,
+        re.MULTILINE,
+    ), result.stdout
 
 
 def test_a_run_folder_that_is_not_shared_is_named(examine, b, run_dir):

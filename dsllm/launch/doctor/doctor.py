@@ -14,7 +14,7 @@ from typing import Any
 from dsllm.launch.doctor import host_side
 from dsllm.launch.doctor.facts import Facts, FolderFacts, Links
 from dsllm.launch.doctor.finding import Check, Finding, failures, listed
-from dsllm.launch.doctor.machine import judge_clock, judge_machines, offset_outside
+from dsllm.launch.doctor.machine import Offset, judge_clocks, judge_machines
 from dsllm.launch.doctor.measure import measure_links
 from dsllm.launch.doctor.mesh import find_unreached
 from dsllm.launch.doctor.needs import Needs, predict
@@ -175,12 +175,11 @@ def _look(ward: Ward) -> dict[str, Facts]:
     for host in ward.ask("reach", "learn", source=Path(host_side.__file__).read_text(encoding="utf-8")):
         ward.findings.append(Finding(host, "reach", "passed", ""))
     with ThreadPoolExecutor(max_workers=max(1, len(ward.names))) as threads:
-        offsets: dict[str, Any] = dict(
+        seen: dict[str, Any] = dict(
             zip(ward.names, threads.map(_offset, map(ward.hosts.agents.__getitem__, ward.names)), strict=True)
         )
-    for host, offset in offsets.items():
-        if not ward.is_lost("clock", offset):
-            ward.findings.append(judge_clock(host, offset))
+    offsets = {host: offset for host, offset in seen.items() if not ward.is_lost("clock", offset)}
+    ward.findings += judge_clocks(offsets) if offsets else []
     answers = ward.ask(
         "reach",
         "facts",
@@ -192,14 +191,14 @@ def _look(ward: Ward) -> dict[str, Facts]:
     return {host: Facts.from_answer(answer) for host, answer in answers.items()}
 
 
-def _offset(agent: Agent) -> float | HostError:
-    """How far the clock there is off, beyond what the question took."""
+def _offset(agent: Agent) -> Offset | HostError:
+    """How far the clock there is ahead of this machine's."""
     before = time.time()
     try:
         there = agent.ask("clock")
     except HostError as error:
         return error
-    return offset_outside(before, there, time.time())
+    return Offset.seen(before, there, time.time())
 
 
 def _needs(wanted: Wanted, facts: Mapping[str, Facts], on_cpu: bool) -> Needs | None:
