@@ -19,7 +19,7 @@ from dsllm.data.shards import MANIFEST_FILE, file_sha256
 from dsllm.engine.links import rounds
 from dsllm.launch.doctor import host_side
 from dsllm.launch.doctor.doctor import Report, Wanted, examine
-from dsllm.launch.doctor.facts import Facts, FolderFacts, GpuFacts, GpuProcess, Links, Pair
+from dsllm.launch.doctor.facts import LAUNCHER, Facts, FolderFacts, GpuFacts, GpuProcess, Links, Pair
 from dsllm.launch.doctor.finding import Finding, listed
 from dsllm.launch.doctor.link import judge_links
 from dsllm.launch.doctor.machine import Offset, judge_clocks, judge_machines
@@ -29,7 +29,7 @@ from dsllm.launch.doctor.needs import Needs, predict
 from dsllm.launch.doctor.reach import unreachable
 from dsllm.launch.doctor.rendezvous import Rendezvous, _judge, find_rendezvous, interface_variables
 from dsllm.launch.doctor.software import PACKAGES, judge_software
-from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_unprepared
+from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_launcher, judge_unprepared
 from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import ANSWER_SECONDS, HostError, Hosts, on_this_machine
 from dsllm.launch.launchers import TRAIN_SCRIPT
@@ -319,6 +319,21 @@ def test_a_folder_that_one_host_has_for_itself_is_not_shared():
     }
     (finding,) = wrong(judge_folder(Path("runs/x"), found, NEEDS))
     assert finding[:4] == ("b", "folder", "failed", "runs/x is not shared: what a writes is not seen there (nfs4)")
+
+
+def test_a_folder_that_the_launcher_does_not_see_fails_on_the_hosts_that_share_it():
+    """It reads there how far the run has come, and appends to its history."""
+    remedy = "start from one of the hosts, mount the folder here, or give a shared one with --run-dir"
+    unseen = wrong(judge_launcher(Path("runs/x"), dict.fromkeys("abc", FOLDER), None))
+    words = "runs/x is not shared with this machine, where dsllm launch reads how far the run has come"
+    assert unseen == [(host, "folder", "failed", words, remedy) for host in "abc"]
+    seen = dict.fromkeys("abc", replace(FOLDER, seen=(LAUNCHER, *FOLDER.seen)))
+    assert judge_launcher(Path("runs/x"), seen, None) == []
+    (unwritable,) = wrong(judge_launcher(Path("runs/x"), {"a": FOLDER}, "Read-only file system"))
+    assert unwritable[3:] == (
+        "runs/x cannot be written here, where dsllm launch keeps the run's history: Read-only file system",
+        remedy,
+    )
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,10 @@ class Facts:
         return cls(**{**answer, "gpus": gpus})
 
 
+LAUNCHER = "this machine"
+"""In the place of a host's name, which has no space."""
+
+
 @dataclass(frozen=True)
 class FolderFacts:
     """A folder as one host sees it."""
@@ -75,7 +79,7 @@ class FolderFacts:
     checkpoints: int
     """Complete ones in it."""
     seen: tuple[str, ...] = ()
-    """Hosts whose file there it sees, its own among them."""
+    """Hosts whose file there it sees, its own among them, and LAUNCHER."""
 
 
 @dataclass(frozen=True)
