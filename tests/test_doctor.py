@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dsllm.cli.doctor import _selected
 from dsllm.data.shards import MANIFEST_FILE, file_sha256
 from dsllm.engine.links import rounds
 from dsllm.launch.doctor import host_side
@@ -33,6 +34,7 @@ from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_launcher
 from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import ANSWER_SECONDS, HostError, Hosts, on_this_machine
 from dsllm.launch.launchers import TRAIN_SCRIPT
+from dsllm.launch.topology import local_topology
 from dsllm.spec.load import load_spec
 from dsllm.units import GIB
 
@@ -191,6 +193,33 @@ def test_a_chosen_gpu_that_is_not_there_is_named():
     host = Host("a", 2, (1, 9))
     (found,) = wrong(judge_machines({"a": FACTS}, {"a": host}, None, on_cpu=False))[:1]
     assert found[3] == "8 GPUs, without numbers 9"
+
+
+def test_slots_number_the_gpus_that_a_session_may_use():
+    busy = replace(A100, index=5, processes=(GpuProcess(4711, "python", "bob (1001)", 3 * GIB),))
+    facts = replace(FACTS, visible="4,5", gpus=(replace(A100, index=4), busy))
+    assert [one[:3] for one in of_machines({"a": facts}, slots=1)] == []
+    (found,) = of_machines({"a": facts}, slots=2)
+    assert found[3] == "python (process 4711 of bob (1001)) has 3.00 GiB of GPU 5"
+    (found,) = of_machines({"a": facts}, slots=4)
+    assert found[3] == "2 GPUs by CUDA_VISIBLE_DEVICES=4,5 there for 4 slots"
+    (found,) = of_machines({"a": replace(facts, visible="", gpus=())}, slots=4)
+    assert found[4] == "set it otherwise there, or not at all"
+
+
+def test_ranks_are_told_the_gpus_of_their_slots_where_something_limits_them():
+    assert FACTS.devices(Host("a", 8)) is None
+    assert FACTS.devices(Host("a", 2, (1, 3))) == "1,3"
+    limited = replace(FACTS, visible="4, 5,GPU-6,7")
+    assert limited.devices(Host("a", 4)) == "4,5,GPU-6,7"
+    assert limited.devices(Host("a", 2, (0, 2))) == "4,GPU-6"
+
+
+def test_on_this_machine_slots_number_what_is_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    assert _selected(local_topology(2, gpus=3)) == (Host("localhost", 2, (0, 1)),)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert _selected(local_topology(2, gpus=3)) == (Host("localhost", 2),)
 
 
 def test_a_driver_that_fails_is_quoted():
@@ -545,11 +574,24 @@ def with_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> di
 
 
 def test_the_driver_is_asked_for_gpus_and_their_processes(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = with_smi(tmp_path, monkeypatch, SMI)
     assert found["driver"] == "570.86"
     assert [(gpu["index"], gpu["free_bytes"] >> 20) for gpu in found["gpus"]] == [(0, 81000), (1, 70000)]
     (process,) = found["gpus"][1]["processes"]
     assert (process["pid"], process["used_bytes"]) == (4711, 3 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("listed", "indices"),
+    [("1", [1]), ("1,0", [1, 0]), ("GPU-1", [1]), ("", []), ("NoDevFiles", []), ("7", []), ("MIG-7f", [0, 1])],
+)
+def test_gpus_of_other_jobs_are_not_looked_at(tmp_path, monkeypatch, listed, indices):
+    """A session within a job has CUDA_VISIBLE_DEVICES, also where no cgroup hides the others."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    found = with_smi(tmp_path, monkeypatch, SMI)
+    assert [gpu["index"] for gpu in found["gpus"]] == indices
+    assert found["driver_error"] is None
 
 
 def test_a_driver_that_fails_or_hangs_is_quoted(tmp_path, monkeypatch):

@@ -106,17 +106,23 @@ def _gpus(host: str, facts: Facts, wanted: Host) -> list[Finding]:
         return [Finding(host, "GPUs", "failed", f"nvidia-smi: {facts.driver_error}", remedy)]
     there = len(facts.gpus)
     if any(number >= there for number in wanted.slot_ids):
-        found = f"{_count(there, 'GPU')} for {_count(wanted.slots, 'slot')}"
+        own = _count(there, "GPU") + (
+            "" if facts.visible is None else f" by CUDA_VISIBLE_DEVICES={facts.visible} there"
+        )
+        found = f"{own} for {_count(wanted.slots, 'slot')}"
         if wanted.chosen is not None:
-            found = f"{_count(there, 'GPU')}, without numbers {listed(str(n) for n in wanted.chosen if n >= there)}"
-        remedy = f"lower its slots to {there} in the hostfile" if there else "see whether its driver is installed"
+            found = f"{own}, without numbers {listed(str(n) for n in wanted.chosen if n >= there)}"
+        remedy = (
+            "see whether its driver is installed" if facts.visible is None else "set it otherwise there, or not at all"
+        )
+        remedy = f"lower its slots to {there} in the hostfile" if there else remedy
         return [Finding(host, "GPUs", "failed", found, remedy)]
     return [_shared_memory(host, facts, wanted), _processes(host, _used(facts, wanted))]
 
 
 def _used(facts: Facts, wanted: Host) -> list[GpuFacts]:
     """The GPUs that ranks will have."""
-    return [gpu for gpu in facts.gpus if gpu.index in wanted.slot_ids]
+    return [facts.gpus[slot] for slot in wanted.slot_ids if slot < len(facts.gpus)]
 
 
 def _shared_memory(host: str, facts: Facts, wanted: Host) -> Finding:

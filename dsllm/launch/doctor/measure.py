@@ -48,11 +48,9 @@ def _ranks(hosts: Sequence[Host], rendezvous: Rendezvous, on_cpu: bool) -> dict[
     for rank, host in enumerate(hosts):
         interface = rendezvous.interfaces.get(host.name)
         named = {} if interface is None else interface_variables(interface)
-        if not on_cpu:
-            named["CUDA_VISIBLE_DEVICES"] = str(host.slot_ids[0])
         ranks[host.name] = {
             "command": command,
-            "environment": {**shared, **named, "RANK": str(rank), "LOCAL_RANK": "0"},
+            "environment": {**shared, **named, "RANK": str(rank), "LOCAL_RANK": str(host.slot_ids[0])},
             "folder": str(TRAIN_SCRIPT.parent.parent),  # -m finds it there before any other
             "limit": LINK_SECONDS,
         }
