@@ -119,12 +119,15 @@ def _wanted(spec: str | None, overrides: list[str], topology: Topology, run_dir:
 
 
 def _selected(topology: Topology) -> tuple[Host, ...]:
-    """The hosts; on this machine alone with the GPUs that CUDA_VISIBLE_DEVICES selects by their numbers."""
-    numbers = [int(device) for device in topology.devices if device.isdecimal()]
-    if not numbers:
+    """The hosts; on this machine alone with the slots that were chosen, among the GPUs of CUDA_VISIBLE_DEVICES."""
+    from dsllm.launch.topology import selected_devices
+
+    if not topology.devices:
         return topology.hosts
+    selected = selected_devices()
     (own,) = topology.hosts
-    return (replace(own, chosen=tuple(sorted(numbers))),)
+    slots = [int(device) if selected is None else selected.index(device) for device in topology.devices]
+    return (replace(own, chosen=tuple(slots[: own.slots])),)
 
 
 # --- what is found ----------------------------------------------------------------------------------------------------
