@@ -16,7 +16,7 @@ import pytest
 
 from dsllm.errors import DsllmError
 from dsllm.launch import launchers, restarts
-from dsllm.launch.attempt import Plan
+from dsllm.launch.run_plan import RunPlan
 from dsllm.launch.ending import Ending
 from dsllm.launch.history import read_history
 from dsllm.launch.hostfile import Host
@@ -54,7 +54,7 @@ class Runs:
         ]
         self.program.write_text("\n".join(lines) + "\n")
         self.program.chmod(0o755)
-        plan = Plan(spec_name="quickstart", spec=load_spec("quickstart"), run_dir=self.run_dir)
+        plan = RunPlan(spec_name="quickstart", spec=load_spec("quickstart"), run_dir=self.run_dir)
         patience = Patience(max_restarts)
         return carry_through(plan, LOCAL, resume, stop_after_seconds, patience, say=self.said.append)
 
@@ -216,7 +216,7 @@ def hosts_left(monkeypatch: pytest.MonkeyPatch, healthy: list[str], min_hosts: i
     report = SimpleNamespace(healthy=healthy, failed=failed)
     monkeypatch.setattr(restarts, "examine", lambda hosts, wanted, quick: report)
     sizes = ["batch.global_batch_size=48", "batch.micro_batch_size=2", *settings]
-    plan = Plan(spec_name="quickstart", spec=load_spec("quickstart", sizes), run_dir=Path("run"), launcher="ssh")
+    plan = RunPlan(spec_name="quickstart", spec=load_spec("quickstart", sizes), run_dir=Path("run"), launcher="ssh")
     topology = Topology(hosts, hostfile="hosts", listed=hosts)
     left = restarts._hosts_left(plan, topology, Patience(1, min_hosts))
     assert left.listed == hosts, "pdsh names those that are left"

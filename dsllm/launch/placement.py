@@ -11,17 +11,10 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from dsllm.errors import UserError
-<<<<<<< HEAD
 from dsllm.launch.slurm_job import expand_counts, expand_nodelist, in_step, rendezvous_port
-=======
 
 MASTER_PORT = 29500
 """Of rank 0 where nothing else is said: the default of DeepSpeed (deepspeed/constants.py) and torch.distributed."""
-SLURM_PORTS = 1000
-"""Above it, for Slurm's jobs that may share a host: each takes one by its number."""
-FIRST_RESERVED_STEP = 0xFFFFFFF0
-"""Slurm gives numbers from here on to what srun has not started: batch scripts, shells of salloc (slurm/slurm.h)."""
->>>>>>> doctor
 
 
 @dataclass(frozen=True)
