@@ -125,6 +125,18 @@ def test_in_a_job_of_slurm_srun_starts_the_ranks_and_hands_the_environment_on(
     assert more[2].startswith("told to every host: ")
 
 
+def test_in_a_job_of_slurm_the_same_gpus_are_chosen_of_every_host(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**TWO_NODES, "SLURM_GPUS_ON_NODE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    line, *_ = dry_run(capsys, "--include", "gpu1:1,3@gpu2:1,3", *FOUR_RANKS)
+    assert "cut -s -d, -f2,4" in line
+    status, out, err = run(capsys, "launch", "quickstart", "--include", "gpu1:0,1@gpu2:2,3", *FOUR_RANKS)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "given GPUs 0,1 of host 'gpu1' and 2,3 of 'gpu2'; must be the same of every host of a Slurm job" in err
+
+
 def test_on_a_login_node_srun_starts_the_ranks_of_a_job_of_one_node_unless_they_are_wanted_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +180,6 @@ def test_a_thousand_hosts_are_planned(capsys: pytest.CaptureFixture[str], tmp_pa
         (["--launcher", "ssh"], "--launcher: given ssh for this machine alone; add --hostfile"),
         (["--launcher", "slurm"], "SLURM_JOB_NODELIST: not set; start it inside a job of Slurm, with sbatch or salloc"),
         (["--min-hosts", "2"], "--min-hosts: given 2; the launch has 1; must be as many or fewer"),
-        (["--spec", "1b"], "launch: given 2 specs; name one, as in dsllm launch quickstart"),
     ],
 )
 def test_a_launch_that_cannot_work_is_refused_before_it_starts(
@@ -178,6 +189,18 @@ def test_a_launch_that_cannot_work_is_refused_before_it_starts(
     assert (status, out) == (2, "")
     assert err.startswith(f"dsllm: {message}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["launch"], "launch: given 0 specs; name one, as in dsllm launch quickstart"),
+        (["launch", "quickstart", "--spec", "1b"], "launch: given 2 specs; name one, as in dsllm launch quickstart"),
+        (["doctor", "quickstart", "--spec", "1b"], "doctor: given 2 specs; name one, as in dsllm doctor quickstart"),
+    ],
+)
+def test_one_spec_is_named_and_no_other(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert run(capsys, *arguments) == (2, "", f"dsllm: {message}\n")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +224,11 @@ def test_a_launch_that_cannot_work_is_refused_before_it_starts(
             "--launcher: given slurm with a hostfile; leave --hostfile",
         ),
         ("localhost slots=1\n", ["--launcher", "slurm"], "--launcher: given slurm with a hostfile; leave --hostfile"),
+        (
+            "a slots=1\nfe80::1 slots=1\n",
+            ["--launcher", "openmpi", "--dry-run"],
+            "host 'fe80::1': given with --launch",
+        ),
         ("a slots=2\nb slots=1\n", [], "hosts with different slots (a 2, b 1) need one number of ranks; add --num-gpu"),
     ],
 )

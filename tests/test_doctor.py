@@ -15,23 +15,26 @@ from typing import Any
 
 import pytest
 
+from dsllm.cli.doctor import _selected
 from dsllm.data.shards import MANIFEST_FILE, file_sha256
 from dsllm.engine.links import rounds
 from dsllm.launch.doctor import host_side
 from dsllm.launch.doctor.doctor import Report, Wanted, examine
-from dsllm.launch.doctor.facts import Facts, FolderFacts, GpuFacts, GpuProcess, Links, Pair
+from dsllm.launch.doctor.facts import LAUNCHER, Facts, FolderFacts, GpuFacts, GpuProcess, Links, Pair
 from dsllm.launch.doctor.finding import Finding, listed
 from dsllm.launch.doctor.link import judge_links
-from dsllm.launch.doctor.machine import judge_clock, judge_machines, offset_outside
+from dsllm.launch.doctor.machine import Offset, judge_clocks, judge_machines
+from dsllm.launch.doctor.measure import _ranks
 from dsllm.launch.doctor.mesh import _blame
 from dsllm.launch.doctor.needs import Needs, predict
 from dsllm.launch.doctor.reach import unreachable
-from dsllm.launch.doctor.rendezvous import _judge, find_rendezvous
+from dsllm.launch.doctor.rendezvous import Rendezvous, _judge, find_rendezvous, interface_variables
 from dsllm.launch.doctor.software import PACKAGES, judge_software
-from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_unprepared
+from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_launcher, judge_unprepared
 from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import ANSWER_SECONDS, HostError, Hosts, on_this_machine
 from dsllm.launch.launchers import TRAIN_SCRIPT
+from dsllm.launch.topology import local_topology
 from dsllm.spec.load import load_spec
 from dsllm.units import GIB
 
@@ -192,6 +195,33 @@ def test_a_chosen_gpu_that_is_not_there_is_named():
     assert found[3] == "8 GPUs, without numbers 9"
 
 
+def test_slots_number_the_gpus_that_a_session_may_use():
+    busy = replace(A100, index=5, processes=(GpuProcess(4711, "python", "bob (1001)", 3 * GIB),))
+    facts = replace(FACTS, visible="4,5", gpus=(replace(A100, index=4), busy))
+    assert [one[:3] for one in of_machines({"a": facts}, slots=1)] == []
+    (found,) = of_machines({"a": facts}, slots=2)
+    assert found[3] == "python (process 4711 of bob (1001)) has 3.00 GiB of GPU 5"
+    (found,) = of_machines({"a": facts}, slots=4)
+    assert found[3] == "2 GPUs by CUDA_VISIBLE_DEVICES=4,5 there for 4 slots"
+    (found,) = of_machines({"a": replace(facts, visible="", gpus=())}, slots=4)
+    assert found[4] == "set it otherwise there, or not at all"
+
+
+def test_ranks_are_told_the_gpus_of_their_slots_where_something_limits_them():
+    assert FACTS.devices(Host("a", 8)) is None
+    assert FACTS.devices(Host("a", 2, (1, 3))) == "1,3"
+    limited = replace(FACTS, visible="4, 5,GPU-6,7")
+    assert limited.devices(Host("a", 4)) == "4,5,GPU-6,7"
+    assert limited.devices(Host("a", 2, (0, 2))) == "4,GPU-6"
+
+
+def test_on_this_machine_slots_number_what_is_visible(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
+    assert _selected(local_topology(2, gpus=3)) == (Host("localhost", 2, (0, 1)),)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert _selected(local_topology(2, gpus=3)) == (Host("localhost", 2),)
+
+
 def test_a_driver_that_fails_is_quoted():
     (found,) = of_machines(three(gpus=(), driver_error="Unable to determine the device handle for GPU"))
     assert found[:4] == ("b", "GPUs", "failed", "nvidia-smi: Unable to determine the device handle for GPU")
@@ -258,20 +288,49 @@ def test_on_the_cpu_ranks_need_cores_and_memory():
     assert "its ranks are predicted to need 160.00 GiB" in memory[3]
 
 
-@pytest.mark.parametrize(("offset", "outcome"), [(0.4, "passed"), (-4.9, "passed"), (6, "warned"), (-31, "failed")])
-def test_a_clock_is_judged_by_its_offset(offset, outcome):
-    assert judge_clock("b", offset).outcome == outcome
+def clocks(**seconds: float) -> list[tuple[str, str, str]]:
+    """Host, outcome and words of what is found of clocks that are so far ahead of the launcher's."""
+    found = judge_clocks({host: Offset(ahead, ahead + 0.01) for host, ahead in seconds.items()})
+    assert [one.host for one in found][: len(seconds)] == list(seconds)
+    return [(one.host, one.outcome, one.found) for one in found if one.outcome != "passed"]
+
+
+@pytest.mark.parametrize(("ahead", "outcome"), [(0.4, None), (-4.9, None), (6, "warned"), (-31, "failed")])
+def test_a_clock_is_judged_by_its_distance_to_the_others(ahead, outcome):
+    assert [one[:2] for one in clocks(a=0, b=ahead, c=0)] == ([] if outcome is None else [("b", outcome)])
 
 
 def test_what_the_way_may_have_taken_is_no_offset():
-    assert offset_outside(100.0, 109.0, 110.0) == 0
-    assert offset_outside(100.0, 90.0, 110.0) == -10
-    assert offset_outside(100.0, 410.0, 110.0) == 300
+    here = Offset(0.0, 0.0)
+    assert Offset.seen(100.0, 109.0, 110.0).ahead_of(here) == 0
+    assert Offset.seen(100.0, 90.0, 110.0).ahead_of(here) == -10
+    assert Offset.seen(100.0, 410.0, 110.0).ahead_of(here) == 300
+    assert Offset(-10.0, 5.0).ahead_of(Offset(5.0, 20.0)) == 0
 
 
 def test_a_clock_behind_is_told_from_one_ahead():
-    assert judge_clock("b", -300).found == "its clock is 300 s behind this machine's"
-    assert judge_clock("b", 40).found == "its clock is 40 s ahead of this machine's"
+    assert clocks(a=0, b=-300, c=0) == [("b", "failed", "its clock is 300 s behind a's")]
+    assert clocks(a=40, b=0, c=0) == [("a", "failed", "its clock is 40 s ahead of b's")]
+
+
+def test_hosts_that_agree_are_ready_though_the_launchers_clock_is_off():
+    warned = [("a", "warned", "this machine's clock is 300 s behind a's")]
+    assert clocks(a=300, b=300.5) == warned
+    assert clocks(a=300, b=300.5, c=300) == warned
+    assert clocks(a=300) == warned
+
+
+def test_of_two_clocks_that_of_the_launcher_decides_which_is_wrong():
+    assert clocks(a=300, b=0) == [("a", "failed", "its clock is 300 s ahead of b's")]
+    assert clocks(a=0, b=300) == [("b", "failed", "its clock is 300 s ahead of a's")]
+    assert clocks(a=300, b=-300) == [
+        ("a", "failed", "its clock is 300 s ahead of this machine's"),
+        ("b", "failed", "its clock is 300 s behind this machine's"),
+    ]
+
+
+def test_of_a_launcher_that_is_off_with_its_host_only_the_host_is_told():
+    assert clocks(a=0, b=300, c=300) == [("a", "failed", "its clock is 300 s behind b's")]
 
 
 # Folders
@@ -289,6 +348,21 @@ def test_a_folder_that_one_host_has_for_itself_is_not_shared():
     }
     (finding,) = wrong(judge_folder(Path("runs/x"), found, NEEDS))
     assert finding[:4] == ("b", "folder", "failed", "runs/x is not shared: what a writes is not seen there (nfs4)")
+
+
+def test_a_folder_that_the_launcher_does_not_see_fails_on_the_hosts_that_share_it():
+    """It reads there how far the run has come, and appends to its history."""
+    remedy = "start from one of the hosts, mount the folder here, or give a shared one with --run-dir"
+    unseen = wrong(judge_launcher(Path("runs/x"), dict.fromkeys("abc", FOLDER), None))
+    words = "runs/x is not shared with this machine, where dsllm launch reads how far the run has come"
+    assert unseen == [(host, "folder", "failed", words, remedy) for host in "abc"]
+    seen = dict.fromkeys("abc", replace(FOLDER, seen=(LAUNCHER, *FOLDER.seen)))
+    assert judge_launcher(Path("runs/x"), seen, None) == []
+    (unwritable,) = wrong(judge_launcher(Path("runs/x"), {"a": FOLDER}, "Read-only file system"))
+    assert unwritable[3:] == (
+        "runs/x cannot be written here, where dsllm launch keeps the run's history: Read-only file system",
+        remedy,
+    )
 
 
 @pytest.mark.parametrize(
@@ -419,6 +493,15 @@ def test_of_hosts_that_cannot_reach_each_other_the_common_one_is_to_blame():
     assert (outward.host, outward.found) == ("a", "it cannot reach b, c (port 7: timed out)")
 
 
+def test_gloo_and_nccl_are_told_one_interface_and_not_all_that_begin_like_it():
+    """eth1 alone means eth10 too to NCCL; gloo knows no `=`."""
+    rendezvous = Rendezvous("10.0.0.1", 29500, {"a": "eth1", "b": "ib0"}, {"a": "10.0.0.1", "b": "10.0.0.2"})
+    assert interface_variables("eth1") == {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}
+    ranks = _ranks([Host("a", 1), Host("b", 1), Host("c", 1)], rendezvous, on_cpu=True)
+    told = [ranks[host]["environment"].get("NCCL_SOCKET_IFNAME") for host in "abc"]
+    assert told == ["=eth1", "=ib0", None]
+
+
 # This machine
 
 
@@ -491,11 +574,24 @@ def with_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> di
 
 
 def test_the_driver_is_asked_for_gpus_and_their_processes(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = with_smi(tmp_path, monkeypatch, SMI)
     assert found["driver"] == "570.86"
     assert [(gpu["index"], gpu["free_bytes"] >> 20) for gpu in found["gpus"]] == [(0, 81000), (1, 70000)]
     (process,) = found["gpus"][1]["processes"]
     assert (process["pid"], process["used_bytes"]) == (4711, 3 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("listed", "indices"),
+    [("1", [1]), ("1,0", [1, 0]), ("GPU-1", [1]), ("", []), ("NoDevFiles", []), ("7", []), ("MIG-7f", [0, 1])],
+)
+def test_gpus_of_other_jobs_are_not_looked_at(tmp_path, monkeypatch, listed, indices):
+    """A session within a job has CUDA_VISIBLE_DEVICES, also where no cgroup hides the others."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    found = with_smi(tmp_path, monkeypatch, SMI)
+    assert [gpu["index"] for gpu in found["gpus"]] == indices
+    assert found["driver_error"] is None
 
 
 def test_a_driver_that_fails_or_hangs_is_quoted(tmp_path, monkeypatch):

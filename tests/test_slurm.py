@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from dsllm.errors import UserError
 from dsllm.launch.hostfile import Host
-from dsllm.launch.slurm import in_allocation_order, needs_srun, srun_command, srun_one
+from dsllm.launch.launchers import Launcher
+from dsllm.launch.readiness import _of_host
+from dsllm.launch.run_plan import RunPlan
+from dsllm.launch.slurm import in_allocation_order, needs_srun, refuse_unlike_gpus, srun_command, srun_one
+from dsllm.spec.load import load_spec
 
 
 def test_every_rank_is_a_task_and_hosts_are_filled_in_order() -> None:
@@ -61,6 +67,40 @@ def test_hosts_come_in_the_order_in_which_srun_has_them() -> None:
 def test_a_host_outside_the_job_is_refused() -> None:
     with pytest.raises(UserError, match=r"host 'b': not one of this Slurm job's, which are gpu\[1-3\]; name hosts as"):
         in_allocation_order([Host("b", 8)], {"SLURM_JOB_NODELIST": "gpu[1-3]"})
+
+
+@pytest.mark.parametrize(
+    ("set_by_slurm", "seen"),
+    [("0,1,2,3", "1,3"), ("4,5,6,7", "5,7"), ("GPU-a,GPU-b,GPU-c,GPU-d", "GPU-b,GPU-d"), (None, "1,3"), ("0", "")],
+)
+def test_chosen_gpus_are_those_of_the_list_that_slurm_sets_in_a_task(set_by_slurm: str | None, seen: str) -> None:
+    hosts = [Host("a", 2, (1, 3)), Host("b", 2, (1, 3))]
+    command = srun_command(hosts, 2, ["sh", "-c", "echo $CUDA_VISIBLE_DEVICES"], {})
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    if set_by_slurm is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = set_by_slurm
+    ran = subprocess.run(command[command.index("sh") :], env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, f"{seen}\n")
+
+
+@pytest.mark.parametrize(
+    ("launcher", "told"), [("slurm", None), ("ssh", None), ("openmpi", "1,3"), ("torchrun", "1,3")]
+)
+def test_chosen_gpus_are_told_only_where_the_launcher_does_not_select_them(
+    launcher: Launcher, told: str | None
+) -> None:
+    plan = RunPlan("quickstart", load_spec("quickstart"), Path("run"), launcher=launcher)
+    assert _of_host(plan, Host("a", 2, (1, 3)), {}).get("CUDA_VISIBLE_DEVICES") == told
+
+
+def test_gpus_that_differ_from_host_to_host_are_refused() -> None:
+    refuse_unlike_gpus([Host("a", 2, (0, 2)), Host("b", 2, (0, 2))])
+    with pytest.raises(UserError) as refusal:
+        refuse_unlike_gpus([Host("a", 2), Host("b", 2, (2, 3))])
+    assert str(refusal.value) == (
+        "--include or --exclude: given GPUs 0,1 of host 'a' and 2,3 of 'b'; must be the same of every host of a Slurm "
+        "job; choose the same, or leave whole hosts out"
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from dsllm.cli.options import Overrides
+from dsllm.cli.options import Overrides, one_spec
 
 if TYPE_CHECKING:
     from dsllm.launch.ending import Ending
@@ -104,7 +104,7 @@ def launch(
     from dsllm.spec.load import load_spec
     from dsllm.units import parse_duration
 
-    spec = _one_spec(spec, spec_option)
+    spec = one_spec("launch", spec, spec_option)
     loaded = load_spec(spec, overrides or ())
     _check_resume(resume)
     stop_after_seconds = None if stop_after is None else parse_duration(stop_after, "--stop-after")
@@ -147,7 +147,7 @@ def topology_of(
 ) -> Topology:
     """Where the ranks run. Raises UserError where hosts, slots or GPUs are fewer than asked for."""
     from dsllm.errors import UserError
-    from dsllm.launch.slurm import in_allocation_order, needs_srun
+    from dsllm.launch.slurm import in_allocation_order, needs_srun, refuse_unlike_gpus
     from dsllm.launch.topology import count_gpus, hostfile_topology, hosts_topology, local_topology
 
     if hostfile is not None:
@@ -156,7 +156,9 @@ def topology_of(
         from dsllm.launch.allocation import slurm_hosts
 
         hosts = in_allocation_order(slurm_hosts(os.environ), os.environ)
-        return hosts_topology("the Slurm job", hosts, num_nodes, num_gpus, include, exclude)
+        topology = hosts_topology("the Slurm job", hosts, num_nodes, num_gpus, include, exclude)
+        refuse_unlike_gpus(topology.hosts)
+        return topology
     for option, given in (("--num-nodes", num_nodes), ("--include", include), ("--exclude", exclude)):
         if given not in (None, 1):
             raise UserError(f"{option}: given {given} without a hostfile; add --hostfile, which names the hosts")
@@ -217,15 +219,6 @@ def _given(max_restarts: int, min_hosts: int | None, doctor: bool, master_port: 
     if master_port is not None:
         arguments += ["--master-port", str(master_port)]
     return arguments if doctor else [*arguments, "--no-doctor"]
-
-
-def _one_spec(argument: str | None, option: str | None) -> str:
-    from dsllm.errors import UserError
-
-    given = [spec for spec in (argument, option) if spec is not None]
-    if len(given) != 1:
-        raise UserError(f"launch: given {len(given)} specs; name one, as in dsllm launch quickstart")
-    return given[0]
 
 
 def _check_resume(resume: str) -> None:

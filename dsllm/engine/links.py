@@ -7,6 +7,7 @@ and repetitions follow from what the first messages take, so that a link of 1 MB
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -30,16 +31,17 @@ PAIRS_SECONDS = 20.0
 
 
 def main() -> None:
-    """Meet, measure, and write. The environment has RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    """Meet, measure, and write. The environment has RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
     backend, patience_seconds = sys.argv[1], float(sys.argv[2])
     torch.set_num_threads(1)
+    number = int(os.environ["LOCAL_RANK"])
     if backend == "nccl":
-        torch.cuda.set_device(0)
+        torch.cuda.set_device(number)
     distributed.init_process_group(
         backend,
         timeout=timedelta(seconds=patience_seconds),
         # NCCL: one communicator for all that follows, in the place of a new one for each pair
-        device_id=torch.device("cuda", 0) if backend == "nccl" else None,
+        device_id=torch.device("cuda", number) if backend == "nccl" else None,
     )
     measured = measure(backend)
     if distributed.get_rank() == 0:

@@ -25,7 +25,7 @@ class Host:
 
     @property
     def slot_ids(self) -> tuple[int, ...]:
-        """The GPUs of its ranks, by local rank, as its driver numbers them."""
+        """The GPUs of its ranks, by local rank: numbers among those that a session there may use."""
         return tuple(range(self.slots)) if self.chosen is None else self.chosen
 
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from dsllm.errors import UserError
 from dsllm.launch.slurm_job import expand_counts, expand_nodelist, in_step, rendezvous_port
 
+MASTER_PORT = 29500
+"""Of rank 0 where nothing else is said: the default of DeepSpeed (deepspeed/constants.py) and torch.distributed."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -109,7 +112,7 @@ def _master(place: Place, environment: Mapping[str, str]) -> dict[str, str]:
         first, *_ = expand_nodelist(nodes, "SLURM_STEP_NODELIST")
         derived = {"MASTER_ADDR": first, "MASTER_PORT": str(rendezvous_port(environment))}
         return {name: derived[name] for name in missing}
-    how = "mpirun -x MASTER_ADDR=… -x MASTER_PORT=29500" if place.launcher == "Open MPI" else "export both"
+    how = f"mpirun -x MASTER_ADDR=… -x MASTER_PORT={MASTER_PORT}" if place.launcher == "Open MPI" else "export both"
     raise UserError(
         f"{' and '.join(missing)}: not set for {place.world_size} ranks of {place.launcher}; must be the address of "
         f"rank 0's host and a free port there; {how}, or start with dsllm launch"

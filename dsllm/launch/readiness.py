@@ -10,7 +10,7 @@ from pathlib import Path
 from dsllm.errors import DsllmError, UserError
 from dsllm.launch import environment
 from dsllm.launch.doctor.doctor import Report, Wanted, examine
-from dsllm.launch.doctor.rendezvous import PREFERRED_PORT, Rendezvous, find_rendezvous
+from dsllm.launch.doctor.rendezvous import PREFERRED_PORT, Rendezvous, find_rendezvous, interface_variables
 from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import HostError, Hosts, on_this_machine
 from dsllm.launch.launchers import Launcher, Meeting, way_to_hosts
@@ -24,10 +24,9 @@ LISTED = 5
 """Of many problems in one line, the first."""
 OWN_PORTS = 1000
 """Ports that launches choose from, so that two on the same hosts seldom take the same."""
-INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 SETS_MEETING: tuple[Launcher, ...] = ("local", "pdsh", "ssh", "torchrun")
 """Launchers that tell their ranks themselves where to meet."""
-CHOOSES_GPUS: tuple[Launcher, ...] = ("local", "pdsh", "ssh")
+CHOOSES_GPUS: tuple[Launcher, ...] = ("local", "pdsh", "ssh", "slurm")
 """Launchers that tell their ranks which GPUs of a host are chosen."""
 
 
@@ -162,7 +161,8 @@ def _of_host(plan: RunPlan, host: Host, interfaces: Mapping[str, str]) -> dict[s
     """What depends on the host: the interface that leads to the others, and GPUs where only some are chosen."""
     told = {}
     if host.name in interfaces:
-        told = {name: interfaces[host.name] for name in INTERFACE_VARIABLES if name not in os.environ}
+        named = interface_variables(interfaces[host.name])
+        told = {name: value for name, value in named.items() if name not in os.environ}
     if host.chosen is not None and plan.launcher not in CHOOSES_GPUS:
         told["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slot_ids))
     return told

@@ -40,7 +40,8 @@ _IGNORED = "trap '' USR1 USR2"
 def srun_command(
     hosts: Sequence[Host], ranks_per_host: int, command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Starts `command` once for each rank, `ranks_per_host` on each of `hosts`, which are `in_allocation_order`.
+    """Starts `command` once for each rank, `ranks_per_host` on each of `hosts`, which are `in_allocation_order`, on the
+    GPUs of each that are chosen, the same of all.
 
     A rank has `SLURM_PROCID`, `SLURM_LOCALID` and `SLURM_NODEID` for rank, local rank and node rank. Output is not
     buffered where Python's is not (`python -u`): srun's `--unbuffered` would give ranks a terminal.
@@ -63,7 +64,7 @@ def srun_command(
         "--gpu-bind=none",  # ranks see all GPUs of their host and take the one of their local rank
         "--kill-on-bad-exit=1",  # else the others wait in a collective for a rank that failed
         "--input=none",
-        *("sh", "-c", f'{_IGNORED}; exec "$@"', "sh"),
+        *("sh", "-c", f'{_IGNORED}; {_selection(hosts)}exec "$@"', "sh"),
         *command,
     ]
 
@@ -82,6 +83,24 @@ def srun_one(host: str, shell_command: str, environment: Mapping[str, str] | Non
         "-c",
         f"{_IGNORED}; {shell_command}",
     ]
+
+
+def _selection(hosts: Sequence[Host]) -> str:
+    """Shell that narrows CUDA_VISIBLE_DEVICES to the chosen GPUs; nothing where they are simply the first.
+
+    It runs in each task, since Slurm sets the variable there, for a step, whatever srun was started with: slots are
+    places in its list, or numbers where Slurm does not manage GPUs.
+    """
+    slots = hosts[0].slot_ids
+    assert all(host.slot_ids == slots for host in hosts), "refuse_unlike_gpus was not asked"
+    if hosts[0].chosen is None:
+        return ""
+    every = ",".join(map(str, range(slots[-1] + 1)))
+    fields = ",".join(str(slot + 1) for slot in slots)
+    return (
+        f'CUDA_VISIBLE_DEVICES=$(echo "${{CUDA_VISIBLE_DEVICES:-{every}}}" | cut -s -d, -f{fields}); '
+        "export CUDA_VISIBLE_DEVICES; "
+    )
 
 
 def _srun(environment: Mapping[str, str] | None) -> list[str]:
@@ -105,6 +124,22 @@ def in_allocation_order(hosts: Sequence[Host], environment: Mapping[str, str]) -
                 "name hosts as Slurm does, or leave --hostfile out"
             )
     return sorted(hosts, key=lambda host: place[host.name])
+
+
+def refuse_unlike_gpus(hosts: Sequence[Host]) -> None:
+    """Raises UserError where other GPUs are chosen of one host than of another: srun starts the same on all."""
+    first = hosts[0]
+    for host in hosts:
+        if host.slot_ids != first.slot_ids:
+            raise UserError(
+                f"--include or --exclude: given GPUs {_listed(first)} of host '{first.name}' and {_listed(host)} of "
+                f"'{host.name}'; must be the same of every host of a Slurm job; choose the same, or leave whole hosts "
+                "out"
+            )
+
+
+def _listed(host: Host) -> str:
+    return ",".join(map(str, host.slot_ids))
 
 
 def needs_srun(environment: Mapping[str, str]) -> bool:

@@ -48,7 +48,12 @@ def examine(pair: namespaces.Cluster, tmp_path: Path, run_dir: Path) -> Callable
     """`dsllm doctor` as it is started on host-a, on both hosts; its folders are those of the test."""
 
     def run(
-        *arguments: str | Path, spec: str | Path = "quickstart", slots: int = 1, quick: bool = True, cwd: Path = ROOT
+        *arguments: str | Path,
+        spec: str | Path = "quickstart",
+        slots: int = 1,
+        quick: bool = True,
+        cwd: Path = ROOT,
+        path: str = str(ROOT),
     ):
         hostfile = pair.write_hostfile(tmp_path / "hosts", slots)
         return pair.hosts[0].run(
@@ -57,7 +62,7 @@ def examine(pair: namespaces.Cluster, tmp_path: Path, run_dir: Path) -> Callable
                 *("--set", f"data.directory={tmp_path / 'data'}", *(["--quick"] if quick else []), *arguments),
             ],
             cwd=cwd,
-            env={"PYTHONPATH": str(ROOT)},
+            env={"PYTHONPATH": path},
             timeout_seconds=100,
         )
 
@@ -189,10 +194,25 @@ def test_more_slots_than_cores_are_refused(examine):
 
 
 def test_a_clock_that_is_five_minutes_behind_is_named(examine, b, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(SHIFTED_CLOCK)
-    with b.set_environment(PYTHONPATH=str(tmp_path)):
-        words = finding(examine(), "clock")
-    assert re.match(r"its clock is (299|300) s behind this machine's\n    -> let NTP keep it there", words)
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (there / "sitecustomize.py").write_text(SHIFTED_CLOCK)
+    with b.overlay(here, there), b.set_environment(PYTHONPATH=str(here)):
+        words = finding(examine(path=f"{ROOT}:{here}"), "clock")
+    assert re.match(r"its clock is (299|300) s behind host-a's\n    -> let NTP keep it there", words)
+
+
+def test_a_launcher_whose_clock_is_five_minutes_behind_only_warns(examine, tmp_path):
+    of_launcher = "".join(f"    {line}\n" for line in SHIFTED_CLOCK.splitlines())
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nif 'dsllm.cli.app' in sys.orig_argv:\n{of_launcher}")
+    result = examine("--include", "host-b", path=f"{ROOT}:{tmp_path}")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(
+        r"^host-b: clock warned: this machine's clock is (299|300) s behind host-b's\n    -> let NTP keep it: ",
+        result.stdout,
+        re.MULTILINE,
+    ), result.stdout
 
 
 def test_a_run_folder_that_is_not_shared_is_named(examine, b, run_dir):
@@ -202,6 +222,17 @@ def test_a_run_folder_that_is_not_shared_is_named(examine, b, run_dir):
         f"{run_dir} is not shared: what host-a writes is not seen there (tmpfs)\n"
         "    -> mount the folder of host-a there (NFS or the like), or give a shared one with --run-dir"
     )
+
+
+def test_a_run_folder_that_the_launcher_does_not_see_is_named(examine, b, run_dir, tmp_path):
+    assert examine("--include", "host-b").returncode == 0
+    with b.hide(run_dir):
+        words = finding(examine("--include", "host-b"), "folder")
+    assert words == (
+        f"{run_dir} is not shared with this machine, where dsllm launch reads how far the run has come\n"
+        "    -> start from one of the hosts, mount the folder here, or give a shared one with --run-dir"
+    )
+    assert list(run_dir.iterdir()) == []
 
 
 def test_tokens_that_only_one_host_has_are_named(examine, b, tmp_path):

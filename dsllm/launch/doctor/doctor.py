@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsllm.launch.doctor import host_side
-from dsllm.launch.doctor.facts import Facts, FolderFacts, Links
+from dsllm.launch.doctor.facts import LAUNCHER, Facts, FolderFacts, Links
 from dsllm.launch.doctor.finding import Check, Finding, failures, listed
-from dsllm.launch.doctor.machine import judge_clock, judge_machines, offset_outside
+from dsllm.launch.doctor.machine import Offset, judge_clocks, judge_machines
 from dsllm.launch.doctor.measure import measure_links
 from dsllm.launch.doctor.mesh import find_unreached
 from dsllm.launch.doctor.needs import Needs, predict
 from dsllm.launch.doctor.reach import unreachable
 from dsllm.launch.doctor.rendezvous import PREFERRED_PORT, Rendezvous, find_rendezvous
 from dsllm.launch.doctor.software import PACKAGES, judge_software
-from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_unprepared
+from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_launcher, judge_unprepared
 from dsllm.launch.hostfile import Host
-from dsllm.launch.hosts import ANSWER_SECONDS, Agent, HostError, Hosts
+from dsllm.launch.hosts import ANSWER_SECONDS, Agent, HostError, Hosts, on_this_machine
 from dsllm.launch.launchers import TRAIN_SCRIPT
+from dsllm.launch.topology import is_this_machine
 from dsllm.plan.hardware import CPU
 from dsllm.spec.derived import data_directory
 from dsllm.spec.sections import Spec
@@ -172,15 +174,14 @@ class Ward:
 
 def _look(ward: Ward) -> dict[str, Facts]:
     """Who answers, what time it is there, and what the hosts are."""
-    for host in ward.ask("reach", "learn", source=Path(host_side.__file__).read_text(encoding="utf-8")):
+    for host in ward.ask("reach", "learn", source=_host_side()):
         ward.findings.append(Finding(host, "reach", "passed", ""))
     with ThreadPoolExecutor(max_workers=max(1, len(ward.names))) as threads:
-        offsets: dict[str, Any] = dict(
+        seen: dict[str, Any] = dict(
             zip(ward.names, threads.map(_offset, map(ward.hosts.agents.__getitem__, ward.names)), strict=True)
         )
-    for host, offset in offsets.items():
-        if not ward.is_lost("clock", offset):
-            ward.findings.append(judge_clock(host, offset))
+    offsets = {host: offset for host, offset in seen.items() if not ward.is_lost("clock", offset)}
+    ward.findings += judge_clocks(offsets) if offsets else []
     answers = ward.ask(
         "reach",
         "facts",
@@ -192,14 +193,19 @@ def _look(ward: Ward) -> dict[str, Facts]:
     return {host: Facts.from_answer(answer) for host, answer in answers.items()}
 
 
-def _offset(agent: Agent) -> float | HostError:
-    """How far the clock there is off, beyond what the question took."""
+def _host_side() -> str:
+    """The source of what an agent learns."""
+    return Path(host_side.__file__).read_text(encoding="utf-8")
+
+
+def _offset(agent: Agent) -> Offset | HostError:
+    """How far the clock there is ahead of this machine's."""
     before = time.time()
     try:
         there = agent.ask("clock")
     except HostError as error:
         return error
-    return offset_outside(before, there, time.time())
+    return Offset.seen(before, there, time.time())
 
 
 def _needs(wanted: Wanted, facts: Mapping[str, Facts], on_cpu: bool) -> Needs | None:
@@ -221,7 +227,7 @@ def _needs(wanted: Wanted, facts: Mapping[str, Facts], on_cpu: bool) -> Needs | 
 
 def _look_at_folders(ward: Ward, needs: Needs | None) -> None:
     """The run's folder, and the tokens'."""
-    ward.findings += judge_folder(ward.wanted.run_dir, _look_at_folder(ward, ward.wanted.run_dir), needs)
+    _look_at_run_folder(ward, needs)
     if ward.wanted.spec is None:
         return
     data = Path(data_directory(ward.wanted.spec))
@@ -231,12 +237,50 @@ def _look_at_folders(ward: Ward, needs: Needs | None) -> None:
         ward.findings += judge_unprepared(data, _look_at_folder(ward, data))
 
 
-def _look_at_folder(ward: Ward, folder: Path) -> dict[str, FolderFacts]:
-    """Every host leaves a file there, and looks for those of the others; nothing is left behind."""
-    tokens = {name: f".dsllm-doctor-{secrets.token_hex(8)}" for name in ward.names}
+def _look_at_run_folder(ward: Ward, needs: Needs | None) -> None:
+    """On every host, and from here, where that is another machine."""
+    folder = ward.wanted.run_dir
+    if all(map(is_this_machine, ward.names)):
+        ward.findings += judge_folder(folder, _look_at_folder(ward, folder), needs)
+        return
+    token = _new_token()
+    with _left_here(folder, token) as error:
+        found = _look_at_folder(ward, folder, {token: LAUNCHER})
+    ward.findings += [*judge_folder(folder, found, needs), *judge_launcher(folder, found, error)]
+
+
+@contextlib.contextmanager
+def _left_here(folder: Path, token: str) -> Iterator[str | None]:
+    """A file of that name in the folder as this machine sees it, or why there is none; by an agent, as on the hosts,
+    since a file system may hang here too."""
+    with Hosts([LAUNCHER], on_this_machine) as launcher:
+        agent = launcher.agents[LAUNCHER]
+        try:
+            agent.ask("learn", source=_host_side())
+            left = agent.ask("leave_token", folder=str(folder), token=token)
+        except HostError as error:
+            yield error.words
+            return
+        try:
+            yield left["error"]
+        finally:
+            with contextlib.suppress(HostError):
+                agent.ask("remove_token", folder=str(folder), token=token)
+                agent.ask("remove_made", made=left["made"])
+
+
+def _new_token() -> str:
+    return f".dsllm-doctor-{secrets.token_hex(8)}"
+
+
+def _look_at_folder(ward: Ward, folder: Path, others: Mapping[str, str] | None = None) -> dict[str, FolderFacts]:
+    """Every host leaves a file there, and looks for those of the others; nothing is left behind. `others` are files
+    that they look for too, with whose they are."""
+    tokens = {name: _new_token() for name in ward.names}
     named = {name: {"token": token} for name, token in tokens.items()}
     left = ward.ask("folder", "leave_token", each=named, folder=str(folder))
     written = {tokens[name]: name for name, answer in left.items() if answer["error"] is None}
+    written = {**(others or {}), **written}
     seen = ward.ask("folder", "see_tokens", folder=str(folder), tokens=list(written)[:TOKENS_LOOKED_FOR])
     ward.ask("folder", "remove_token", each={name: named[name] for name in ward.names}, folder=str(folder))
     made = {name: {"made": left[name].pop("made")} for name in ward.names}

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsllm.launch.hostfile import Host
+
 
 @dataclass(frozen=True)
 class GpuProcess:
@@ -20,9 +22,10 @@ class GpuProcess:
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """One GPU as it is now, by the driver's number."""
+    """One GPU as it is now."""
 
     index: int
+    """The driver's number of it."""
     name: str
     memory_bytes: int
     free_bytes: int
@@ -52,7 +55,10 @@ class Facts:
     driver: str | None
     driver_error: str | None
     """What nvidia-smi said where it failed; None also where there is none."""
+    visible: str | None = None
+    """CUDA_VISIBLE_DEVICES as a session there has it; None where it is not set."""
     gpus: tuple[GpuFacts, ...] = field(default=())
+    """Those that ranks there may use, by slot."""
 
     @classmethod
     def from_answer(cls, answer: Mapping[str, Any]) -> Facts:
@@ -62,6 +68,20 @@ class Facts:
             for gpu in answer["gpus"]
         )
         return cls(**{**answer, "gpus": gpus})
+
+    def devices(self, host: Host) -> str | None:
+        """What CUDA_VISIBLE_DEVICES has to be for the ranks on the slots of `host`; None where nothing limits them.
+
+        For a launcher that sets it to the slots themselves, as DeepSpeed's does, or that leaves it as it is.
+        """
+        if self.visible is None:
+            return None if host.chosen is None else ",".join(map(str, host.slot_ids))
+        names = [name.strip() for name in self.visible.split(",")]
+        return ",".join(names[slot] for slot in host.slot_ids if slot < len(names))
+
+
+LAUNCHER = "this machine"
+"""In the place of a host's name, which has no space."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +95,7 @@ class FolderFacts:
     checkpoints: int
     """Complete ones in it."""
     seen: tuple[str, ...] = ()
-    """Hosts whose file there it sees, its own among them."""
+    """Hosts whose file there it sees, its own among them, and LAUNCHER."""
 
 
 @dataclass(frozen=True)

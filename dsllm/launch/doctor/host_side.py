@@ -59,6 +59,7 @@ def facts(packages: list[str], package_folder: str, spec: str | None) -> dict[st
         "memory_bytes": memory.get("MemTotal", 0),
         "available_bytes": memory.get("MemAvailable", 0),
         "shared_memory_bytes": disk("/dev/shm")[0],
+        "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
         **gpu_facts(),
     }
 
@@ -157,7 +158,7 @@ def text(path: str) -> str:
 
 
 def gpu_facts() -> dict[str, Any]:
-    """Of NVIDIA's driver, as its own program has it."""
+    """Of NVIDIA's driver, as its own program has it: the GPUs that a session on this host may use, in their order."""
     if shutil.which("nvidia-smi") is None:
         return {"driver": None, "driver_error": None, "gpus": []}
     try:
@@ -177,9 +178,21 @@ def gpu_facts() -> dict[str, Any]:
                 "free_bytes": int(free) << 20,
                 "processes": [process(*line[1:]) for line in processes if line[0] == uuid],
             }
-            for index, uuid, name, total, free, _ in gpus
+            for index, uuid, name, total, free, _ in visible(gpus)
         ],
     }
+
+
+def visible(gpus: list[list[str]]) -> list[list[str]]:
+    """Of GPUs that begin with index and UUID, those that CUDA_VISIBLE_DEVICES lists, as it does: on a node that jobs
+    share, the others are somebody else's. It takes an index, or a UUID that may be cut short."""
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None or "MIG-" in listed:  # of a part of a GPU nvidia-smi does not tell what is asked here
+        return gpus
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    return [
+        gpu for name in names for gpu in gpus if name == gpu[0] or (not name.isdecimal() and gpu[1].startswith(name))
+    ]
 
 
 def ask_smi(what: str, fields: str) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from dsllm.launch.doctor.facts import Facts, GpuFacts
 from dsllm.launch.doctor.finding import Check, Finding, Outcome, listed, usual
@@ -18,6 +19,8 @@ CLOCK_FAILED_SECONDS = 30.0
 """Last words, logs and the newest checkpoint are put in order by time; make and NFS compare times too. NTP keeps hosts
 within milliseconds, so seconds mean that it does not run, and half a minute turns the order of a failure around."""
 
+SET_NTP = "timedatectl set-ntp true"
+
 
 def judge_machines(
     facts: Mapping[str, Facts], hosts: Mapping[str, Host], needs: Needs | None, on_cpu: bool
@@ -31,18 +34,54 @@ def judge_machines(
     return [*of_each, *(finding for host in facts for finding in _memory(facts[host], hosts[host], needs, on_cpu))]
 
 
-def judge_clock(host: str, offset_seconds: float) -> Finding:
-    """`offset_seconds` is how far the host's clock is ahead of this machine's, beyond what the question took."""
-    if abs(offset_seconds) <= CLOCK_WARNED_SECONDS:
-        return Finding(host, "clock", "passed", f"{offset_seconds:+.0f} s" if round(offset_seconds) else "0 s")
-    found = f"its clock is {abs(offset_seconds):.0f} s {'ahead of' if offset_seconds > 0 else 'behind'} this machine's"
-    outcome: Outcome = "failed" if abs(offset_seconds) > CLOCK_FAILED_SECONDS else "warned"
-    return Finding(host, "clock", outcome, found, "let NTP keep it there: timedatectl set-ntp true")
+@dataclass(frozen=True)
+class Offset:
+    """How far a clock is ahead of the launcher's, in seconds: within these two, as the question took its time."""
+
+    least: float
+    most: float
+
+    @classmethod
+    def seen(cls, before: float, there: float, after: float) -> Offset:
+        """Of a clock that showed `there` between two moments of the launcher's."""
+        return cls(there - after, there - before)
+
+    def ahead_of(self, other: Offset) -> float:
+        """Seconds that are certain; negative where it is behind, 0 where the two may agree."""
+        return max(0.0, self.least - other.most) + min(0.0, self.most - other.least)
+
+    def agrees_with(self, other: Offset) -> bool:
+        return abs(self.ahead_of(other)) <= CLOCK_WARNED_SECONDS
 
 
-def offset_outside(before: float, there: float, after: float) -> float:
-    """Of a clock that showed `there` between two moments of this machine's: what cannot be the way's."""
-    return min(0.0, there - before) + max(0.0, there - after)
+def judge_clocks(offsets: Mapping[str, Offset]) -> list[Finding]:
+    """A finding for each host, against the median of the hosts: logs and checkpoints are theirs.
+
+    The launcher's clock counts where hosts are even in number, as of two it decides which is wrong. Where it agrees
+    with none of them, that is a warning, for the first host as it has no row of its own.
+    """
+    launcher = Offset(0.0, 0.0)
+    clocks = [*offsets.values(), *([launcher] if len(offsets) % 2 == 0 else [])]
+    usual = sorted(clocks, key=lambda offset: offset.least + offset.most)[len(clocks) // 2]
+    usual_host = next((host for host, offset in offsets.items() if offset.agrees_with(usual)), None)
+    whose = "this machine's" if usual_host is None else f"{usual_host}'s"
+    findings = [_clock(host, offset.ahead_of(usual), whose) for host, offset in offsets.items()]
+    if usual_host is not None and not any(launcher.agrees_with(offset) for offset in offsets.values()):
+        found = f"this machine's clock is {_apart(launcher.ahead_of(usual))} {whose}"
+        findings.append(Finding(next(iter(offsets)), "clock", "warned", found, "let NTP keep it: " + SET_NTP))
+    return findings
+
+
+def _clock(host: str, ahead_seconds: float, whose: str) -> Finding:
+    if abs(ahead_seconds) <= CLOCK_WARNED_SECONDS:
+        return Finding(host, "clock", "passed", f"{ahead_seconds:+.0f} s" if round(ahead_seconds) else "0 s")
+    outcome: Outcome = "failed" if abs(ahead_seconds) > CLOCK_FAILED_SECONDS else "warned"
+    found = f"its clock is {_apart(ahead_seconds)} {whose}"
+    return Finding(host, "clock", outcome, found, "let NTP keep it there: " + SET_NTP)
+
+
+def _apart(ahead_seconds: float) -> str:
+    return f"{abs(ahead_seconds):.0f} s {'ahead of' if ahead_seconds > 0 else 'behind'}"
 
 
 def _cores(host: str, facts: Facts, wanted: Host) -> Finding:
@@ -67,17 +106,23 @@ def _gpus(host: str, facts: Facts, wanted: Host) -> list[Finding]:
         return [Finding(host, "GPUs", "failed", f"nvidia-smi: {facts.driver_error}", remedy)]
     there = len(facts.gpus)
     if any(number >= there for number in wanted.slot_ids):
-        found = f"{_count(there, 'GPU')} for {_count(wanted.slots, 'slot')}"
+        own = _count(there, "GPU") + (
+            "" if facts.visible is None else f" by CUDA_VISIBLE_DEVICES={facts.visible} there"
+        )
+        found = f"{own} for {_count(wanted.slots, 'slot')}"
         if wanted.chosen is not None:
-            found = f"{_count(there, 'GPU')}, without numbers {listed(str(n) for n in wanted.chosen if n >= there)}"
-        remedy = f"lower its slots to {there} in the hostfile" if there else "see whether its driver is installed"
+            found = f"{own}, without numbers {listed(str(n) for n in wanted.chosen if n >= there)}"
+        remedy = (
+            "see whether its driver is installed" if facts.visible is None else "set it otherwise there, or not at all"
+        )
+        remedy = f"lower its slots to {there} in the hostfile" if there else remedy
         return [Finding(host, "GPUs", "failed", found, remedy)]
     return [_shared_memory(host, facts, wanted), _processes(host, _used(facts, wanted))]
 
 
 def _used(facts: Facts, wanted: Host) -> list[GpuFacts]:
     """The GPUs that ranks will have."""
-    return [gpu for gpu in facts.gpus if gpu.index in wanted.slot_ids]
+    return [facts.gpus[slot] for slot in wanted.slot_ids if slot < len(facts.gpus)]
 
 
 def _shared_memory(host: str, facts: Facts, wanted: Host) -> Finding:

@@ -10,7 +10,7 @@ from typing import Any
 from dsllm.launch.doctor.facts import Links
 from dsllm.launch.doctor.finding import Finding
 from dsllm.launch.doctor.link import judge_links
-from dsllm.launch.doctor.rendezvous import OPEN_PORTS, Rendezvous
+from dsllm.launch.doctor.rendezvous import OPEN_PORTS, Rendezvous, interface_variables
 from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import ANSWER_SECONDS, HostError, Hosts
 from dsllm.launch.launchers import TRAIN_SCRIPT
@@ -47,12 +47,10 @@ def _ranks(hosts: Sequence[Host], rendezvous: Rendezvous, on_cpu: bool) -> dict[
     ranks = {}
     for rank, host in enumerate(hosts):
         interface = rendezvous.interfaces.get(host.name)
-        named = {} if interface is None else {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-        if not on_cpu:
-            named["CUDA_VISIBLE_DEVICES"] = str(host.slot_ids[0])
+        named = {} if interface is None else interface_variables(interface)
         ranks[host.name] = {
             "command": command,
-            "environment": {**shared, **named, "RANK": str(rank), "LOCAL_RANK": "0"},
+            "environment": {**shared, **named, "RANK": str(rank), "LOCAL_RANK": str(host.slot_ids[0])},
             "folder": str(TRAIN_SCRIPT.parent.parent),  # -m finds it there before any other
             "limit": LINK_SECONDS,
         }

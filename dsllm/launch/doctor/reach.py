@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dsllm.launch.doctor.finding import Check, Finding
-from dsllm.launch.hosts import HostError
+from dsllm.launch.hosts import SSH_FAILED, HostError
 
-SSH_FAILED = 255
 NOT_FOUND = (126, 127)
 """Of a shell whose command is not there, or cannot be run."""
 IS_DOWN = "see that it is up, in this network, and lets ssh in (firewall), or leave it out: --exclude {host}"

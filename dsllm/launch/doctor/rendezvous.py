@@ -10,9 +10,10 @@ from typing import Any
 
 from dsllm.launch.doctor.finding import Finding
 from dsllm.launch.hosts import HostError, Hosts
+from dsllm.launch.placement import MASTER_PORT
 
-PREFERRED_PORT = 29500
-"""torch.distributed's own."""
+PREFERRED_PORT = MASTER_PORT
+"""Tried first."""
 PATIENCE_SECONDS = 3.0
 """A packet that is dropped on the way is sent again after one second and after three: this is time for one loss."""
 OPEN_PORTS = "open all TCP ports between the hosts, as gloo and NCCL take any (firewall, security group)"
@@ -31,6 +32,15 @@ class Rendezvous:
     """By host, the interface that leads to the address; a host whose interface has no name is not in it."""
     own_addresses: Mapping[str, str]
     """By host, its own address there."""
+
+
+def interface_variables(interface: str) -> dict[str, str]:
+    """What gloo and NCCL have to be told so that they use this interface and no other.
+
+    Without `=` NCCL takes each whose name begins so, as eth10 for eth1 (NCCL's guide, NCCL_SOCKET_IFNAME); gloo
+    compares whole names (gloo/transport/tcp/device.cc).
+    """
+    return {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
 
 
 def find_rendezvous(

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from dsllm.launch.doctor.facts import FolderFacts
+from dsllm.launch.doctor.facts import LAUNCHER, FolderFacts
 from dsllm.launch.doctor.finding import Finding, listed, usual
 from dsllm.launch.doctor.needs import Needs
 from dsllm.plan.cost import room_for_checkpoints
@@ -31,6 +31,18 @@ def judge_folder(folder: Path, found: Mapping[str, FolderFacts], needs: Needs | 
             findings.append(_unshared(host, folder, one, next(iter(shared))))
         findings.append(_space(host, folder, one, needs))
     return findings
+
+
+def judge_launcher(folder: Path, found: Mapping[str, FolderFacts], error: str | None) -> list[Finding]:
+    """Whether the run's folder of the hosts is that of this machine too, where `dsllm launch` reads how far a run has
+    come and appends to its history. `error` is why nothing can be written here. Only what fails is said."""
+    remedy = "start from one of the hosts, mount the folder here, or give a shared one with --run-dir"
+    if error is not None:
+        words = f"{folder} cannot be written here, where dsllm launch keeps the run's history: {error}"
+        return [Finding(host, "folder", "failed", words, remedy) for host in _shared(found)]
+    words = f"{folder} is not shared with this machine, where dsllm launch reads how far the run has come"
+    unseen = [host for host in _shared(found) if LAUNCHER not in found[host].seen]
+    return [Finding(host, "folder", "failed", words, remedy) for host in unseen]
 
 
 def _shared(found: Mapping[str, FolderFacts]) -> list[str]:
