@@ -129,6 +129,22 @@ def test_a_launcher_that_cannot_is_refused_with_the_way_out(
     assert str(refusal.value).startswith(message)
 
 
+@pytest.mark.parametrize("name", ["my runs", "it's", "100%n", "$HOME"])
+def test_pdsh_is_not_used_where_deepspeed_would_hand_it_a_path_that_it_tears_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    install(monkeypatch, "pdsh")
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    assert choose_launcher(None, HOSTFILE) == "ssh"
+    with pytest.raises(UserError) as refusal:
+        choose_launcher("pdsh", HOSTFILE)
+    assert str(refusal.value) == (
+        f"--launcher: given pdsh, to which DeepSpeed hands '{tmp_path / name}' as it is; start from a path of letters, "
+        "digits and -_./ alone, or with --launcher ssh"
+    )
+
+
 def test_hosts_are_asked_the_way_that_the_launcher_goes() -> None:
     assert way_to_hosts("torchrun", LOCAL) is on_this_machine
     assert way_to_hosts("slurm", IN_JOB) is srun_one
