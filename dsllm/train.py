@@ -28,7 +28,7 @@ from dsllm.engine.time_limit import TimeLimit, slurm_job_end  # noqa: E402
 from dsllm.errors import DsllmError, OneRankError  # noqa: E402
 from dsllm.launch import environment  # noqa: E402
 from dsllm.launch.expectations import check_world  # noqa: E402
-from dsllm.launch.placement import ALONE, place_in, take_place  # noqa: E402
+from dsllm.launch.placement import ALONE, Place, place_in, take_place  # noqa: E402
 from dsllm.units import parse_duration  # noqa: E402
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def main() -> int:
     """Train as the command line says. Returns the exit status: 0 done, 2 the user's mistake, 1 a fault."""
     started = time.time()
     arguments = _parse_arguments()
-    rank = None  # as long as it is not known
+    rank = place = None  # as long as they are not known
     logs = Path(arguments.run_dir, "logs") if arguments.run_dir is not None else None
     try:
         if arguments.environment_file is not None:
@@ -68,11 +68,11 @@ def main() -> int:
         else:
             stop_after = None if arguments.stop_after is None else parse_duration(arguments.stop_after, "--stop-after")
             limit = TimeLimit(started, stop_after, slurm_job_end(os.environ))
-            run_training(spec, run_dir, arguments.resume, limit)
+            run_training(spec, run_dir, arguments.resume, limit, arguments.environment_file)
     except DsllmError as error:
         logger.error("%s", error, exc_info=_wants_tracebacks(), extra={"on_screen": False})
         last_words.write_error(logs, rank, error)
-        if rank in (None, 0) or isinstance(error, OneRankError):  # what else stops a run is known to all ranks
+        if place is None or _speaks_for_others(place) or isinstance(error, OneRankError):
             print(error, file=sys.stderr)
         return error.exit_code
     except Exception as error:
@@ -84,12 +84,14 @@ def main() -> int:
     return 0
 
 
-def run_training(spec: Spec, run_dir: Path, resume: str, limit: TimeLimit) -> None:
+def run_training(spec: Spec, run_dir: Path, resume: str, limit: TimeLimit, environment_file: str | None = None) -> None:
     """One run, on every rank: they meet, and from then on none waits for one that hangs or has died."""
     from dsllm.engine import ranks, watchdog
     from dsllm.engine.run_folder import RunFolder, log_to
 
     world = ranks.join(watchdog.patience_seconds(spec.guards.hang_seconds))
+    if environment_file is not None:
+        environment.discard(environment_file)  # every rank has it by now
     folder = RunFolder(run_dir)
     log_to(folder.logs, world.rank)
     with watchdog.watch(world, folder.logs, spec.guards.hang_seconds) as activity:
@@ -247,6 +249,14 @@ def check_start(spec: Spec, run_dir: Path) -> None:
     checks = check_small_model(spec, world, Requests(), Activity())
     engine = start_engine(spec, ds_config)
     conclude([check_weights(engine.module.causal_lm), *checks], folder.checks)
+
+
+def _speaks_for_others(place: Place) -> bool:
+    """What stops a run is known to all ranks, and rank 0 says it; before they have met, it may be the mistake of one
+    host alone, and the first rank of each says it."""
+    distributed = sys.modules.get("torch.distributed")
+    have_met = distributed is not None and distributed.is_initialized()
+    return place.rank == 0 or (place.local_rank == 0 and not have_met)
 
 
 def _wants_tracebacks() -> bool:

@@ -92,8 +92,8 @@ class Launcher:
 def impatient() -> Iterator[Launcher]:
     """The launcher of an agent that calls a second silence."""
     source = SOURCE.read_text()
-    assert source.count("\nSILENT_SECONDS = 30.0\n") == 1
-    launcher = Launcher(source.replace("\nSILENT_SECONDS = 30.0\n", "\nSILENT_SECONDS = 1.0\n"))
+    assert source.count("\nSILENT_SECONDS = 90.0\n") == 1
+    launcher = Launcher(source.replace("\nSILENT_SECONDS = 90.0\n", "\nSILENT_SECONDS = 1.0\n"))
     yield launcher
     launcher.process.kill()
     launcher.process.wait()

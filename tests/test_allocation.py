@@ -5,20 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import time
-from itertools import groupby
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dsllm.errors import UserError
 from dsllm.launch.allocation import (
     allocated_hosts,
     allocation_source,
     ask_mpirun,
-    expand_nodelist,
     mpi_hosts,
     sagemaker_hosts,
     slurm_hosts,
@@ -26,82 +21,6 @@ from dsllm.launch.allocation import (
 from dsllm.launch.hostfile import Host
 
 TWO_NODES = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "gpu[1-2]", "SLURM_JOB_NUM_NODES": "2"}
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [
-        ("node1", ["node1"]),
-        ("a,b-2,c.example.org", ["a", "b-2", "c.example.org"]),
-        ("node[01-03,7],gpu-[1-2]-ib", ["node01", "node02", "node03", "node7", "gpu-1-ib", "gpu-2-ib"]),
-        ("a[9-11]", ["a9", "a10", "a11"]),
-        ("a[009-11]", ["a009", "a010", "a011"]),
-        ("rack[1-2]n[01-02]", ["rack1n01", "rack1n02", "rack2n01", "rack2n02"]),
-    ],
-)
-def test_a_nodelist_expands_as_scontrol_show_hostnames_has_it(text: str, names: list[str]) -> None:
-    assert expand_nodelist(text, "SLURM_JOB_NODELIST") == names
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", ",", "a,", ",a", "a,,b", "a b", "a[1-2", "a1-2]", "a[[1]]", "a[]", "a[1-]", "a[2-1]", "a[1,]", "a[x]"),
-        *("a[0-99999999]", "a[0-60000][0-60000]", "a[" + "9" * 5000 + "]", "[" * 5000),
-    ],
-    ids=lambda text: text[:20],
-)
-def test_what_is_no_nodelist_is_refused_at_once(text: str) -> None:
-    started = time.perf_counter()
-    with pytest.raises(UserError) as refusal:
-        expand_nodelist(text, "SLURM_JOB_NODELIST")
-    assert str(refusal.value) == (
-        f"SLURM_JOB_NODELIST: given '{text}'; must be a list of nodes such as node[01-03,7],gpu1"
-    )
-    assert time.perf_counter() - started < 1
-
-
-def test_a_node_that_is_named_twice_is_refused() -> None:
-    with pytest.raises(UserError, match="which names a node twice; leave it as Slurm sets it"):
-        expand_nodelist("a[1-2],a2", "SLURM_JOB_NODELIST")
-
-
-PREFIXES = st.from_regex(r"[a-z][a-z.-]{0,4}", fullmatch=True)
-SUFFIXES = st.sampled_from(["", "", "-ib", ".cluster"])
-
-
-@st.composite
-def groups_of_nodes(draw: st.DrawFn) -> tuple[str, str, list[str]]:
-    """A prefix, a suffix and the digits between them; all numbers of one width are padded, as Slurm has them."""
-    width = draw(st.integers(1, 4))
-    numbers = draw(st.lists(st.integers(0, 10**width - 1), min_size=1, max_size=30, unique=True))
-    return draw(PREFIXES), draw(SUFFIXES), [str(number).zfill(width) for number in sorted(numbers)]
-
-
-def compress(prefix: str, suffix: str, digits: list[str]) -> str:
-    """One element of a nodelist, with a range for each run of numbers that follow each other."""
-    runs = []
-    for _, run in groupby(enumerate(digits), key=lambda pair: int(pair[1]) - pair[0]):
-        members = [text for _, text in run]
-        runs.append(members[0] if len(members) == 1 else f"{members[0]}-{members[-1]}")
-    return f"{prefix}[{','.join(runs)}]{suffix}"
-
-
-@given(st.lists(groups_of_nodes(), min_size=1, max_size=4, unique_by=lambda group: group[:2]))
-def test_a_compressed_nodelist_expands_to_the_names_it_came_from(groups: list[tuple[str, str, list[str]]]) -> None:
-    names = [f"{prefix}{number}{suffix}" for prefix, suffix, digits in groups for number in digits]
-    compressed = ",".join(compress(*group) for group in groups)
-    assert expand_nodelist(compressed, "SLURM_JOB_NODELIST") == names
-
-
-@given(st.text(alphabet="a1[]-,9 ", max_size=12))
-def test_any_text_is_a_nodelist_or_is_refused(text: str) -> None:
-    try:
-        names = expand_nodelist(text, "SLURM_JOB_NODELIST")
-    except UserError:
-        return
-    assert names
-    assert not any(character in name for name in names for character in "[], ")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from dsllm.cli.launch import _conclude
+from dsllm.cli.launch import conclude
 from dsllm.errors import DsllmError, UserError
 from dsllm.launch import launchers
 from dsllm.launch.agent import is_zombie
@@ -125,6 +125,29 @@ def test_in_a_job_of_slurm_srun_starts_the_ranks_and_hands_the_environment_on(
     assert more[2].startswith("told to every host: ")
 
 
+def test_in_a_job_of_slurm_the_same_gpus_are_chosen_of_every_host(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**TWO_NODES, "SLURM_GPUS_ON_NODE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    line, *_ = dry_run(capsys, "--include", "gpu1:1,3@gpu2:1,3", *FOUR_RANKS)
+    assert "cut -s -d, -f2,4" in line
+    status, out, err = run(capsys, "launch", "quickstart", "--include", "gpu1:0,1@gpu2:2,3", *FOUR_RANKS)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "given GPUs 0,1 of host 'gpu1' and 2,3 of 'gpu2'; must be the same of every host of a Slurm job" in err
+
+
+def test_on_a_login_node_srun_starts_the_ranks_of_a_job_of_one_node_unless_they_are_wanted_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**TWO_NODES, "SLURM_JOB_NODELIST": "gpu1", "SLURM_JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(name, value)
+    line, *_ = dry_run(capsys)
+    assert {"--ntasks=2", "--nodelist=gpu1"} <= set(shlex.split(line))
+    (line,) = dry_run(capsys, "--launcher", "local", "--num-gpus", "2")
+    assert "srun" not in line
+
+
 def test_a_thousand_hosts_are_planned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"worker-{number:04} slots=8\n" for number in range(1000)))
@@ -157,7 +180,6 @@ def test_a_thousand_hosts_are_planned(capsys: pytest.CaptureFixture[str], tmp_pa
         (["--launcher", "ssh"], "--launcher: given ssh for this machine alone; add --hostfile"),
         (["--launcher", "slurm"], "SLURM_JOB_NODELIST: not set; start it inside a job of Slurm, with sbatch or salloc"),
         (["--min-hosts", "2"], "--min-hosts: given 2; the launch has 1; must be as many or fewer"),
-        (["--spec", "1b"], "launch: given 2 specs; name one, as in dsllm launch quickstart"),
     ],
 )
 def test_a_launch_that_cannot_work_is_refused_before_it_starts(
@@ -167,6 +189,18 @@ def test_a_launch_that_cannot_work_is_refused_before_it_starts(
     assert (status, out) == (2, "")
     assert err.startswith(f"dsllm: {message}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["launch"], "launch: given 0 specs; name one, as in dsllm launch quickstart"),
+        (["launch", "quickstart", "--spec", "1b"], "launch: given 2 specs; name one, as in dsllm launch quickstart"),
+        (["doctor", "quickstart", "--spec", "1b"], "doctor: given 2 specs; name one, as in dsllm doctor quickstart"),
+    ],
+)
+def test_one_spec_is_named_and_no_other(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert run(capsys, *arguments) == (2, "", f"dsllm: {message}\n")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +224,11 @@ def test_a_launch_that_cannot_work_is_refused_before_it_starts(
             "--launcher: given slurm with a hostfile; leave --hostfile",
         ),
         ("localhost slots=1\n", ["--launcher", "slurm"], "--launcher: given slurm with a hostfile; leave --hostfile"),
+        (
+            "a slots=1\nfe80::1 slots=1\n",
+            ["--launcher", "openmpi", "--dry-run"],
+            "host 'fe80::1': given with --launch",
+        ),
         ("a slots=2\nb slots=1\n", [], "hosts with different slots (a 2, b 1) need one number of ranks; add --num-gpu"),
     ],
 )
@@ -233,7 +272,7 @@ def test_a_job_script_takes_every_option_along(
     status, out, err = run(
         capsys,
         *("launch", "quickstart", "--write-sbatch", "job", "--num-nodes", "2", "--num-gpus", "1"),
-        *("--run-dir", "my run", "--resume", "never", "--set", "seed=1", "--stop-after", "2h", "--max-restarts", "3"),
+        *("--run-dir", "my run", "--set", "seed=1", "--stop-after", "2h", "--max-restarts", "3"),
         *("--min-hosts", "1", "--no-doctor", "--master-port", "29777", "--sbatch=--partition=big"),
     )
     assert (status, err) == (0, "")
@@ -242,7 +281,7 @@ def test_a_job_script_takes_every_option_along(
     assert {"#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --partition=big"} <= set(lines)
     words = shlex.split(lines[-1])
     assert words[words.index("launch") + 1 :] == [
-        *("--spec", "quickstart", "--run-dir", "my run", "--resume", "never", "--stop-after", "2h", "--set", "seed=1"),
+        *("--spec", "quickstart", "--run-dir", "my run", "--stop-after", "2h", "--set", "seed=1"),
         *("--max-restarts", "3", "--min-hosts", "1", "--master-port", "29777", "--no-doctor", "--launcher", "slurm"),
     ]
     assert (tmp_path / "my run" / "logs").is_dir()
@@ -260,6 +299,16 @@ def test_a_job_script_takes_every_option_along(
         (
             ["--num-gpus", "1", "--launcher", "pdsh"],
             "--write-sbatch: given with --launcher pdsh; srun starts the ranks",
+        ),
+        (
+            ["--num-gpus", "1", "--resume", "never"],
+            "--write-sbatch: given with --resume never, which every job but the first would refuse; leave it out: a "
+            "job goes on from the run's own newest checkpoint, and starts afresh in a new --run-dir",
+        ),
+        (
+            ["--num-gpus", "1", "--resume", "/"],
+            "--write-sbatch: given with --resume /, to which every job would go back; leave it out: a job goes on from "
+            "the run's own newest checkpoint; make its first by dsllm launch --resume / --stop-after 10m inside an sal",
         ),
         (["--num-gpus", "1", "--sbatch", "qos"], "--write-sbatch: given 'qos'; must be an option of sbatch, such as"),
     ],
@@ -292,7 +341,7 @@ def test_a_job_script_that_cannot_be_written_is_one_line(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("cause", ["finished", "stopped"])
 def test_a_good_end_says_nothing_more(cause: str) -> None:
-    _conclude(Ending(cause, "all steps are done"))
+    conclude(Ending(cause, "all steps are done"))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +354,7 @@ def test_a_good_end_says_nothing_more(cause: str) -> None:
 )
 def test_what_rank_0_has_said_on_screen_is_not_said_again(ending: Ending, status: int) -> None:
     with pytest.raises(typer.Exit) as end:
-        _conclude(ending)
+        conclude(ending)
     assert end.value.exit_code == status
 
 
@@ -328,7 +377,7 @@ def test_what_rank_0_has_said_on_screen_is_not_said_again(ending: Ending, status
 )
 def test_what_nobody_has_said_on_screen_is_said(ending: Ending, kind: type[DsllmError], message: str) -> None:
     with pytest.raises(kind) as fault:
-        _conclude(ending)
+        conclude(ending)
     assert str(fault.value).startswith(message)
     assert fault.value.exit_code == ending.exit_status
 

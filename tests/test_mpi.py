@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dsllm.errors import UserError
 from dsllm.launch.hostfile import Host
 from dsllm.launch.mpi import mpirun_command, mpirun_environment
 
@@ -17,6 +18,11 @@ from dsllm.launch.mpi import mpirun_command, mpirun_environment
 def test_ranks_are_placed_on_the_hosts_in_their_order() -> None:
     command = mpirun_command([Host("b", 8), Host("a", 8)], 4, ["python", "train.py"])
     assert " ".join(command) == "mpirun -np 8 --host b:4,a:4 --map-by ppr:4:node --bind-to none python train.py"
+
+
+def test_an_address_with_colons_is_refused() -> None:
+    with pytest.raises(UserError, match="host 'fe80::1': given with --launcher openmpi, whose mpirun takes no"):
+        mpirun_command([Host("a", 8), Host("fe80::1", 8)], 8, ["true"])
 
 
 def test_root_is_allowed_only_where_it_is_root() -> None:

@@ -53,10 +53,8 @@ def test_ranks_on_the_cpu_ask_for_no_gpus() -> None:
     assert not any("gpu" in header for header in headers(script(on_cpu=True)))
 
 
-def test_a_time_limit_is_rounded_up_to_minutes_and_given_options_come_last() -> None:
-    text = script(time_limit_seconds=3601, partition="big", account="us", options=["--qos=high", "--exclusive"])
-    assert {"--time=61", "--partition=big", "--account=us"} <= set(headers(text))
-    assert headers(text)[-2:] == ["--qos=high", "--exclusive"]
+def test_given_options_come_last_and_so_win() -> None:
+    assert headers(script(options=["--time=4:00:00", "--exclusive"]))[-2:] == ["--time=4:00:00", "--exclusive"]
 
 
 def test_headers_come_before_the_first_command() -> None:
@@ -78,7 +76,7 @@ def test_a_backslash_is_doubled_since_sbatch_reads_it_in_single_quotes_too() -> 
     ("changes", "message"),
     [
         ({"name": "a\nb"}, r"--write-sbatch: given 'a\nb' for job-name; must be text on one line"),
-        ({"partition": ""}, r"--write-sbatch: given '' for partition; must be text on one line"),
+        ({"name": ""}, r"--write-sbatch: given '' for job-name; must be text on one line"),
         (
             {"options": ["qos=high"]},
             r"--write-sbatch: given 'qos=high'; must be an option of sbatch, such as --qos=high",

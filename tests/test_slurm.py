@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from dsllm.errors import UserError
 from dsllm.launch.hostfile import Host
-from dsllm.launch.slurm import in_allocation_order, in_step, rendezvous_port, srun_command, srun_one
+from dsllm.launch.launchers import Launcher
+from dsllm.launch.readiness import _of_host
+from dsllm.launch.run_plan import RunPlan
+from dsllm.launch.slurm import in_allocation_order, needs_srun, refuse_unlike_gpus, srun_command, srun_one
+from dsllm.spec.load import load_spec
 
 
 def test_every_rank_is_a_task_and_hosts_are_filled_in_order() -> None:
@@ -63,19 +70,62 @@ def test_a_host_outside_the_job_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "expected"),
-    [("0", True), ("17", True), (None, False), ("", False), ("4294967290", False), ("4294967291", False)],
+    ("set_by_slurm", "seen"),
+    [("0,1,2,3", "1,3"), ("4,5,6,7", "5,7"), ("GPU-a,GPU-b,GPU-c,GPU-d", "GPU-b,GPU-d"), (None, "1,3"), ("0", "")],
 )
-def test_a_batch_script_and_the_shell_of_salloc_are_no_steps(step: str | None, expected: bool) -> None:
-    assert in_step({} if step is None else {"SLURM_STEP_ID": step}) is expected
+def test_chosen_gpus_are_those_of_the_list_that_slurm_sets_in_a_task(set_by_slurm: str | None, seen: str) -> None:
+    hosts = [Host("a", 2, (1, 3)), Host("b", 2, (1, 3))]
+    command = srun_command(hosts, 2, ["sh", "-c", "echo $CUDA_VISIBLE_DEVICES"], {})
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    if set_by_slurm is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = set_by_slurm
+    ran = subprocess.run(command[command.index("sh") :], env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, f"{seen}\n")
 
 
-def test_the_port_follows_from_the_job_and_is_none_that_linux_gives_away() -> None:
-    ports = {rendezvous_port({"SLURM_JOB_ID": str(job)}) for job in range(100_000, 130_000)}
-    assert (min(ports), max(ports), len(ports)) == (10_000, 29_999, 20_000)
+@pytest.mark.parametrize(
+    ("launcher", "told"), [("slurm", None), ("ssh", None), ("openmpi", "1,3"), ("torchrun", "1,3")]
+)
+def test_chosen_gpus_are_told_only_where_the_launcher_does_not_select_them(
+    launcher: Launcher, told: str | None
+) -> None:
+    plan = RunPlan("quickstart", load_spec("quickstart"), Path("run"), launcher=launcher)
+    assert _of_host(plan, Host("a", 2, (1, 3)), {}).get("CUDA_VISIBLE_DEVICES") == told
 
 
-@pytest.mark.parametrize("job", [None, "", "12a"])
-def test_without_a_job_there_is_no_port(job: str | None) -> None:
-    with pytest.raises(UserError, match=r"SLURM_JOB_ID: given '.*'; must be the number of a job; start the run inside"):
-        rendezvous_port({} if job is None else {"SLURM_JOB_ID": job})
+def test_gpus_that_differ_from_host_to_host_are_refused() -> None:
+    refuse_unlike_gpus([Host("a", 2, (0, 2)), Host("b", 2, (0, 2))])
+    with pytest.raises(UserError) as refusal:
+        refuse_unlike_gpus([Host("a", 2), Host("b", 2, (2, 3))])
+    assert str(refusal.value) == (
+        "--include or --exclude: given GPUs 0,1 of host 'a' and 2,3 of 'b'; must be the same of every host of a Slurm "
+        "job; choose the same, or leave whole hosts out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "nodes", "variables", "expected"),
+    [
+        ("gpu1", "gpu1", {}, False),
+        ("gpu1.cluster", "gpu1", {}, False),
+        ("gpu1", "gpu1.cluster", {}, False),
+        ("ip-10-0-0-7", "gpu1", {"SLURMD_NODENAME": "gpu1"}, False),
+        ("login", "gpu1", {}, True),
+        ("login.cluster", "gpu1.cluster", {}, True),
+        ("login", "gpu1", {"SLURMD_NODENAME": "gpu9"}, True),  # of a job inside which salloc was called
+        ("gpu1", "gpu[1-2]", {}, True),
+        ("gpu1", "gpu[1-2]", {"SLURM_STEP_ID": "0"}, False),
+        ("login", "gpu1", {"SLURM_STEP_ID": "0"}, False),
+        ("login", "gpu1", {"SLURM_STEP_ID": "4294967290"}, True),
+    ],
+)
+def test_a_run_in_a_job_is_never_one_on_the_login_node_alone(
+    monkeypatch: pytest.MonkeyPatch, machine: str, nodes: str, variables: dict[str, str], expected: bool
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: machine)
+    num_nodes = "2" if "[" in nodes else "1"
+    assert needs_srun({"SLURM_JOB_NODELIST": nodes, "SLURM_JOB_NUM_NODES": num_nodes, **variables}) is expected
+
+
+def test_outside_a_job_no_srun_is_needed() -> None:
+    assert not needs_srun({})

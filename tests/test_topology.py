@@ -124,6 +124,22 @@ def test_hosts_with_different_slots_need_a_number() -> None:
     assert hosts_topology("hosts", uneven, num_gpus=4).world_size == 8
 
 
+@pytest.mark.parametrize(
+    ("option", "choice", "remedy"),
+    [
+        ("include", "a@b:1,3", "a:1,3@b:1,3"),
+        ("include", "a:0,1,2@b:5,6", "a:0,1@b:5,6"),
+        ("exclude", "b:0,1,2,3,4,5", "a:6,7@b:6,7"),
+    ],
+)
+def test_chosen_hosts_with_different_slots_are_advised_a_choice_that_works(
+    option: str, choice: str, remedy: str
+) -> None:
+    with pytest.raises(UserError, match=rf"need one number of ranks; choose as many of each: --include {remedy}$"):
+        hosts_topology("hosts", EIGHTS, **{option: choice})
+    assert hosts_topology("hosts", EIGHTS, include=remedy).ranks_per_host == 2
+
+
 def test_a_hostfile_is_remembered_with_all_that_it_lists(hostfile: str) -> None:
     topology = hostfile_topology(hostfile, include="b", gpus=0)
     assert topology == Topology((Host("b", 8),), hostfile=hostfile, listed=tuple(EIGHTS))

@@ -23,8 +23,11 @@ def check(
         typer.Option("--num-gpus", min=1, help="Ranks; every GPU of this machine when absent, 2 where there is none."),
     ] = None,
     master_port: Annotated[
-        int, typer.Option("--master-port", min=1, max=65535, help="Port of rank 0; another one where it is in use.")
-    ] = 29500,
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--master-port", min=1, max=65535, help="Port of rank 0; a free one where it is in use, or absent."
+        ),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -33,8 +36,9 @@ def check(
     A fresh run does the same before its first step. No data is read and nothing is kept; the model is made as for the
     run, and takes as much memory.
     """
-    from dsllm.cli.launch import topology_of
-    from dsllm.launch.attempt import Plan, attempt
+    from dsllm.cli.launch import conclude, topology_of
+    from dsllm.launch.restarts import Patience, carry_through
+    from dsllm.launch.run_plan import RunPlan
     from dsllm.launch.supervisor import Screen
     from dsllm.plan.batch import check_batch
     from dsllm.spec.load import load_spec
@@ -42,20 +46,27 @@ def check(
     topology, loaded = topology_of(num_gpus=num_gpus, launcher="local"), load_spec(spec, overrides or ())
     check_batch(loaded.batch, topology.world_size)
     with tempfile.TemporaryDirectory() as run_dir:
-        plan = Plan(
+        plan = RunPlan(
             spec_name=spec,
             spec=loaded,
             run_dir=Path(run_dir),
             given_run_dir=run_dir,
             overrides=tuple(overrides or ()),
             port=master_port,
-            extra_arguments=("--check",),
+            only_checks=True,
         )
-        outcome = attempt(plan, topology, "auto", announce=lambda line: None, screen=Screen(out=sys.stderr))
+        screen = Screen(out=sys.stderr)
+        ending = carry_through(
+            plan, topology, "auto", None, Patience(), say=lambda line: typer.echo(line, err=True), screen=screen
+        )
         results = Path(run_dir) / "checks.json"
         if results.is_file():
             _show(json.loads(results.read_text()), as_json)
-    raise typer.Exit(outcome.ending.exit_status)
+    conclude(ending)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _show(results: dict[str, Any], as_json: bool) -> None:

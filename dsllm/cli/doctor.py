@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from dsllm.cli.options import AsJson, Overrides
+from dsllm.cli.options import AsJson, Overrides, one_spec
 
 if TYPE_CHECKING:
     from dsllm.launch.doctor.doctor import Report, Wanted
@@ -84,7 +84,8 @@ def doctor(
     from dsllm.launch.launchers import choose_launcher, way_to_hosts
 
     topology = topology_of(hostfile, num_nodes, num_gpus, include, exclude)
-    wanted = _wanted(_one_spec(spec, spec_option), overrides or [], topology, run_dir)
+    given = None if spec is None and spec_option is None else one_spec("doctor", spec, spec_option)
+    wanted = _wanted(given, overrides or [], topology, run_dir)
     with Hosts(topology.names, way_to_hosts(choose_launcher(None, topology), topology)) as hosts:
         report = examine(hosts, wanted, quick)
     if as_json:
@@ -92,14 +93,6 @@ def doctor(
     else:
         print_report(report)
     raise typer.Exit(0 if report.is_ready else 1)
-
-
-def _one_spec(argument: str | None, option: str | None) -> str | None:
-    from dsllm.errors import UserError
-
-    if argument is not None and option is not None:
-        raise UserError("doctor: given 2 specs; name one, as in dsllm doctor quickstart")
-    return argument if option is None else option
 
 
 def _wanted(spec: str | None, overrides: list[str], topology: Topology, run_dir: str | None) -> Wanted:

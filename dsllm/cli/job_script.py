@@ -12,6 +12,30 @@ if TYPE_CHECKING:
     from dsllm.spec.sections import Spec
 
 
+def check_job_options(include: str | None, exclude: str | None, launcher: str | None, resume: str) -> None:
+    """Raises UserError for what cannot hold for a script that several jobs run, on hosts that Slurm chooses."""
+    from dsllm.errors import UserError
+
+    for option, given in (("--include", include), ("--exclude", exclude)):
+        if given is not None:
+            raise UserError(f"--write-sbatch: given with {option} {given}; Slurm chooses the hosts: leave it out")
+    if launcher not in (None, "slurm"):
+        raise UserError(
+            f"--write-sbatch: given with --launcher {launcher}; srun starts the ranks of a job: leave it out"
+        )
+    if resume == "never":
+        raise UserError(
+            "--write-sbatch: given with --resume never, which every job but the first would refuse; leave it out: a "
+            "job goes on from the run's own newest checkpoint, and starts afresh in a new --run-dir"
+        )
+    if resume != "auto":
+        raise UserError(
+            f"--write-sbatch: given with --resume {resume}, to which every job would go back; leave it out: a job goes "
+            f"on from the run's own newest checkpoint; make its first by dsllm launch --resume {resume} --stop-after "
+            "10m inside an salloc"
+        )
+
+
 def write_job_script(
     file: Path,
     spec: Spec,

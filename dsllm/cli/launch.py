@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from dsllm.cli.options import Overrides
+from dsllm.cli.options import Overrides, one_spec
 
 if TYPE_CHECKING:
-    from dsllm.launch.attempt import Plan
     from dsllm.launch.ending import Ending
+    from dsllm.launch.run_plan import RunPlan
     from dsllm.launch.topology import Topology
 
 app = typer.Typer(rich_markup_mode=None)
-
-DEFAULT_PORT = 29500
 
 
 @app.command(epilog="Example: dsllm launch 1b --hostfile hostfiles/two-node --set zero.stage=3")
@@ -78,8 +76,11 @@ def launch(
     ] = None,
     doctor: Annotated[bool, typer.Option(help="Check the hosts first, as dsllm doctor --quick does.")] = True,
     master_port: Annotated[
-        int, typer.Option("--master-port", min=1, max=65535, help="Port of rank 0; another one where it is in use.")
-    ] = DEFAULT_PORT,
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--master-port", min=1, max=65535, help="Port of rank 0; a free one where it is in use, or absent."
+        ),
+    ] = None,
     write_sbatch: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -96,21 +97,21 @@ def launch(
     overrides: Overrides = None,
 ) -> None:
     """Check the hosts and the run, print the command that starts it, start it and watch over it."""
-    from dsllm.launch.attempt import Plan
     from dsllm.launch.launchers import choose_launcher, train_arguments
     from dsllm.launch.restarts import Patience, carry_through
+    from dsllm.launch.run_plan import RunPlan
     from dsllm.plan.batch import check_batch
     from dsllm.spec.load import load_spec
     from dsllm.units import parse_duration
 
-    spec = _one_spec(spec, spec_option)
+    spec = one_spec("launch", spec, spec_option)
     loaded = load_spec(spec, overrides or ())
     _check_resume(resume)
     stop_after_seconds = None if stop_after is None else parse_duration(stop_after, "--stop-after")
     if write_sbatch is not None:
-        from dsllm.cli.job_script import write_job_script
+        from dsllm.cli.job_script import check_job_options, write_job_script
 
-        _check_job_options(include, exclude, launcher)
+        check_job_options(include, exclude, launcher, resume)
         in_job = train_arguments(spec, run_dir, resume, overrides or [], stop_after)
         in_job += _given(max_restarts, min_hosts, doctor, master_port)
         write_job_script(Path(write_sbatch), loaded, num_nodes, num_gpus, hostfile, run_dir, in_job, sbatch or [])
@@ -118,7 +119,7 @@ def launch(
     topology = topology_of(hostfile, num_nodes, num_gpus, include, exclude, launcher)
     _check_min_hosts(min_hosts, topology)
     check_batch(loaded.batch, topology.world_size)
-    plan = Plan(
+    plan = RunPlan(
         spec_name=spec,
         spec=loaded,
         run_dir=Path(run_dir or f"runs/{loaded.name}"),
@@ -133,7 +134,7 @@ def launch(
         return
     patience = Patience(max_restarts, min_hosts)
     ending = carry_through(plan, topology, resume, stop_after_seconds, patience, say=_say)
-    _conclude(ending)
+    conclude(ending)
 
 
 def topology_of(
@@ -146,31 +147,34 @@ def topology_of(
 ) -> Topology:
     """Where the ranks run. Raises UserError where hosts, slots or GPUs are fewer than asked for."""
     from dsllm.errors import UserError
-    from dsllm.launch.slurm import in_allocation_order, is_job_of_several_nodes
+    from dsllm.launch.slurm import in_allocation_order, needs_srun, refuse_unlike_gpus
     from dsllm.launch.topology import count_gpus, hostfile_topology, hosts_topology, local_topology
 
     if hostfile is not None:
         return hostfile_topology(hostfile, num_nodes, num_gpus, include, exclude, gpus=count_gpus())
-    if launcher == "slurm" or (launcher is None and is_job_of_several_nodes(os.environ)):
+    if launcher == "slurm" or (launcher is None and needs_srun(os.environ)):
         from dsllm.launch.allocation import slurm_hosts
 
         hosts = in_allocation_order(slurm_hosts(os.environ), os.environ)
-        return hosts_topology("the Slurm job", hosts, num_nodes, num_gpus, include, exclude)
+        topology = hosts_topology("the Slurm job", hosts, num_nodes, num_gpus, include, exclude)
+        refuse_unlike_gpus(topology.hosts)
+        return topology
     for option, given in (("--num-nodes", num_nodes), ("--include", include), ("--exclude", exclude)):
         if given not in (None, 1):
             raise UserError(f"{option}: given {given} without a hostfile; add --hostfile, which names the hosts")
     return local_topology(num_gpus, count_gpus())
 
 
-def _show_dry_run(plan: Plan, topology: Topology, resume: str, stop_after: str | None) -> None:
+def _show_dry_run(plan: RunPlan, topology: Topology, resume: str, stop_after: str | None) -> None:
     """What would run, as far as it is known before the hosts are asked."""
-    from dsllm.launch.attempt import forwarded, needs_file
+    from dsllm.launch.doctor.rendezvous import PREFERRED_PORT
     from dsllm.launch.launchers import Meeting, starts, train_arguments
+    from dsllm.launch.readiness import forwarded, needs_file
 
     has_file = needs_file(plan.launcher, topology)
     file = "/tmp/dsllm-LAUNCH/environment" if has_file else None
     arguments = train_arguments(plan.spec_name, plan.given_run_dir, resume, plan.overrides, stop_after, file)
-    meeting = Meeting("127.0.0.1" if topology.is_local else topology.names[0], plan.port)
+    meeting = Meeting("127.0.0.1" if topology.is_local else topology.names[0], plan.port or PREFERRED_PORT)
     for start in starts(plan.launcher, topology, meeting, arguments, Path.cwd()):
         typer.echo(start.as_typed())
     if topology.is_local:
@@ -183,7 +187,7 @@ def _show_dry_run(plan: Plan, topology: Topology, resume: str, stop_after: str |
     typer.echo("address and port are settled, and GPUs looked for, when the hosts are asked")
 
 
-def _conclude(ending: Ending) -> None:
+def conclude(ending: Ending) -> None:
     """The exit status; and what ended the run, unless rank 0 has said it on screen."""
     from dsllm.errors import DsllmError, UserError
 
@@ -207,23 +211,14 @@ def _say(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _given(max_restarts: int, min_hosts: int | None, doctor: bool, master_port: int) -> list[str]:
+def _given(max_restarts: int, min_hosts: int | None, doctor: bool, master_port: int | None) -> list[str]:
     """The supervisor's options again; defaults are left out."""
     arguments = ["--max-restarts", str(max_restarts)] if max_restarts else []
     if min_hosts is not None:
         arguments += ["--min-hosts", str(min_hosts)]
-    if master_port != DEFAULT_PORT:
+    if master_port is not None:
         arguments += ["--master-port", str(master_port)]
     return arguments if doctor else [*arguments, "--no-doctor"]
-
-
-def _one_spec(argument: str | None, option: str | None) -> str:
-    from dsllm.errors import UserError
-
-    given = [spec for spec in (argument, option) if spec is not None]
-    if len(given) != 1:
-        raise UserError(f"launch: given {len(given)} specs; name one, as in dsllm launch quickstart")
-    return given[0]
 
 
 def _check_resume(resume: str) -> None:
@@ -232,18 +227,6 @@ def _check_resume(resume: str) -> None:
     if resume not in ("auto", "never") and not Path(resume).exists():
         raise UserError(
             f"--resume: given '{resume}'; there is no such path; must be auto, never or a checkpoint's path"
-        )
-
-
-def _check_job_options(include: str | None, exclude: str | None, launcher: str | None) -> None:
-    from dsllm.errors import UserError
-
-    for option, given in (("--include", include), ("--exclude", exclude)):
-        if given is not None:
-            raise UserError(f"--write-sbatch: given with {option} {given}; Slurm chooses the hosts: leave it out")
-    if launcher not in (None, "slurm"):
-        raise UserError(
-            f"--write-sbatch: given with --launcher {launcher}; srun starts the ranks of a job: leave it out"
         )
 
 

@@ -30,3 +30,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 SkipBadLines = Annotated[
     bool, typer.Option("--skip-bad-lines", help="Leave out lines of JSON files that cannot be read.")
 ]
+
+
+def one_spec(command: str, argument: str | None, option: str | None) -> str:
+    """The spec that a command is given, as its argument or with `--spec`.
+
+    Raises UserError where it is given none, or two.
+    """
+    from dsllm.errors import UserError
+
+    given = [spec for spec in (argument, option) if spec is not None]
+    if len(given) != 1:
+        raise UserError(f"{command}: given {len(given)} specs; name one, as in dsllm {command} quickstart")
+    return given[0]

@@ -21,15 +21,15 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-SILENT_SECONDS = 30.0
-"""The launcher writes every five seconds."""
-KILL_SECONDS = 10.0
+SILENT_SECONDS = 90.0
+"""The launcher writes every five seconds: this is a way that is gone, or a launcher that is. What is shorter, such as a
+laptop that changes networks, costs no run."""
+KILL_SECONDS = 6.0
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
 FIRST_FAILED = 8
@@ -37,25 +37,40 @@ FIRST_FAILED = 8
 guarded: set[str] = set()
 """Launches whose ranks this agent ends when it ends itself."""
 listeners: dict[int, socket.socket] = {}
+writing = threading.Lock()
 
 
 def serve() -> None:
     """Answer until the launcher hangs up or falls silent."""
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # of this host's terminal or service manager: the launcher decides
-    rest = b""
     try:
-        while select.select([0], [], [], SILENT_SECONDS)[0]:
-            piece = os.read(0, 1 << 16)
-            if not piece:
-                break
-            *lines, rest = (rest + piece).split(b"\n")
-            for line in lines:
-                write(answer(json.loads(line)))
-    except ConnectionError:
-        pass  # hung up while it was answered; over a socket, as some sshd have, that is a reset
+        with contextlib.suppress(OSError):  # a way that is reset
+            os.write(1, b"\n")  # a login script may have left a line without its end
+            read_requests()
     finally:
         leave()
+        os._exit(0)  # whatever hangs
+
+
+def read_requests() -> None:
+    """Answer each line, until there are no more."""
+    rest = b""
+    while select.select([0], [], [], SILENT_SECONDS)[0]:
+        piece = os.read(0, 1 << 16)
+        if not piece:
+            return
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            # each in a thread: one that hangs in a file system keeps no other from its answer
+            threading.Thread(target=reply, args=(json.loads(line),), daemon=True).start()
+
+
+def reply(request: dict[str, Any]) -> None:
+    """A thread's work: one request."""
+    answered = answer(request)
+    with writing, contextlib.suppress(OSError):  # the main thread learns that the launcher is gone
+        write(answered)
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -383,4 +398,3 @@ ANSWERS: dict[str, Callable[..., Any]] = {
 
 if __name__ == "__main__":
     serve()
-    sys.exit()

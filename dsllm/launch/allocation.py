@@ -6,9 +6,7 @@ what PBS, LSF and Grid Engine set, Open MPI's own hostfile, and where there is n
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import re
 import subprocess
@@ -19,19 +17,14 @@ from typing import Literal
 from dsllm.errors import UserError
 from dsllm.launch.hostfile import Host
 from dsllm.launch.mpi import mpirun_environment
+from dsllm.launch.slurm_job import expand_counts, expand_nodelist
 
 Source = Literal["slurm", "sagemaker", "mpi"]
 
 MPI_HOSTFILES = ("OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile")
 """Names of Open MPI's own hostfile, in releases 4 and 5."""
 SECONDS_TO_START_EVERYWHERE = 60.0
-MOST_HOSTS = 65_536
-"""That one element of a nodelist may name, as in Slurm."""
 
-_ELEMENT = re.compile(r"(?:[^\[\],\s]|\[[^\[\]\s]*\])+")
-_NODELIST = re.compile(f"{_ELEMENT.pattern}(?:,{_ELEMENT.pattern})*")
-_RANGE = re.compile(r"(?P<first>[0-9]{1,18})(?:-(?P<last>[0-9]{1,18}))?")
-_TASKS = re.compile(r"(?P<tasks>[0-9]{1,9})(?:\(x(?P<times>[0-9]{1,9})\))?")
 _GPUS = re.compile(r"(?:[^:,\s]+:)*(?P<gpus>[0-9]{1,9})")
 
 
@@ -73,44 +66,6 @@ def slurm_hosts(environment: Mapping[str, str]) -> list[Host]:
             "leave both as Slurm sets them"
         )
     return [Host(name, slots) for name, slots in zip(names, _slurm_slots(environment, len(names)), strict=True)]
-
-
-def expand_nodelist(text: str, source: str) -> list[str]:
-    """The names in Slurm's short form: `node[01-02,7],gpu-[1-2]-ib` is node01, node02, node7, gpu-1-ib, gpu-2-ib.
-
-    Raises UserError, which names `source`, where it is none.
-    """
-    if not _NODELIST.fullmatch(text):
-        raise _no_nodelist(text, source)
-    names: list[str] = []
-    for element in _ELEMENT.findall(text):
-        pieces = [_expand_piece(piece, text, source) for piece in re.split(r"(\[[^\]]*\])", element)]
-        if math.prod(map(len, pieces)) > MOST_HOSTS:
-            raise _no_nodelist(text, source)
-        names += ["".join(parts) for parts in itertools.product(*pieces)]
-    if len(set(names)) != len(names):
-        raise UserError(f"{source}: given '{text}', which names a node twice; leave it as Slurm sets it")
-    return names
-
-
-def _expand_piece(piece: str, text: str, source: str) -> list[str]:
-    """What stands in a pair of brackets, as `[01-03,7]`; plain text is itself."""
-    if not piece.startswith("["):
-        return [piece]
-    numbers: list[str] = []
-    for given in piece[1:-1].split(","):
-        match = _RANGE.fullmatch(given)
-        if match is None:
-            raise _no_nodelist(text, source)
-        first, last = match["first"], match["last"] or match["first"]
-        if not 0 <= int(last) - int(first) < MOST_HOSTS:
-            raise _no_nodelist(text, source)
-        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return numbers
-
-
-def _no_nodelist(text: str, source: str) -> UserError:
-    return UserError(f"{source}: given '{text}'; must be a list of nodes such as node[01-03,7],gpu1")
 
 
 def _slurm_slots(environment: Mapping[str, str], num_nodes: int) -> list[int]:
@@ -155,14 +110,12 @@ def _gpus(name: str, text: str) -> int:
 
 
 def _tasks_per_node(text: str, num_nodes: int) -> list[int]:
-    """The numbers of `8(x2),4`: 8, 8, 4."""
-    matches = [_TASKS.fullmatch(part) for part in text.split(",")]
-    runs = [(int(match["tasks"]), int(match["times"] or 1)) for match in matches if match]
-    if len(runs) < len(matches) or not all(tasks for tasks, _ in runs) or sum(n for _, n in runs) != num_nodes:
+    counts = expand_counts(text)
+    if len(counts) != num_nodes or 0 in counts:
         raise UserError(
             f"SLURM_TASKS_PER_NODE: given '{text}'; must be the tasks of each of {num_nodes} nodes, such as 8(x2),4"
         )
-    return [tasks for tasks, times in runs for _ in range(times)]
+    return counts
 
 
 def _count(name: str, text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dsllm.launch.hosts import SSH_FAILED, HostError
@@ -32,8 +32,8 @@ class Signs:
     """What ranks wrote when they failed (`logs/rank<r>.ended.json`), first those that failed by themselves."""
     asked_by: str | None = None
     """The signal that asked the run to end, if one did."""
-    stopped_by: str | None = None
-    """What the run says that it was stopped by, before its last step."""
+    says: Ending | None = None
+    """What the run itself says of its end, once it has come to one: `finished`, or `stopped`."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,16 @@ class Ending:
     """How an attempt ended."""
 
     cause: str
-    """`finished`, `stopped`, or one of `errors.Cause`."""
+    """`finished`; `stopped` in a checkpoint; `interrupted`, which is stopped without one; or one of `errors.Cause`."""
     message: str
     rank: int | None = None
     """The rank that failed first, where it is known."""
     host: str | None = None
     """Where it failed."""
+    was_asked: bool = False
+    """Whether somebody had asked for the end, so that none may start it again."""
+    was_ready: bool = True
+    """Whether ranks were started at all."""
 
     @property
     def is_good(self) -> bool:
@@ -54,7 +58,7 @@ class Ending:
 
     @property
     def is_curable(self) -> bool:
-        return self.cause in CURABLE
+        return self.cause in CURABLE and not self.was_asked
 
     @property
     def exit_status(self) -> int:
@@ -62,27 +66,28 @@ class Ending:
 
 
 def find_ending(signs: Signs) -> Ending:
-    """What the signs say together: evidence that a host or a process is gone comes before what others make of it."""
-    has_failed = bool(signs.lost) or any(signs.statuses) or any(signs.exits.values())
-    if not has_failed:
-        return _good(signs)
+    """What the signs say together: evidence that a host or a process is gone comes before what others make of it.
+
+    Only the run can say that it has come to its end: DeepSpeed's launcher ends with 0 where a signal has ended it.
+    """
+    if signs.says is not None and not any(signs.statuses) and not any(signs.exits.values()):
+        return signs.says
+    return replace(_bad_ending(signs), was_asked=signs.asked_by is not None)
+
+
+def _bad_ending(signs: Signs) -> Ending:
     own = next((word for word in signs.words if word["is_own"]), None)
     if own is not None and own["cause"] not in ("lost_host", "lost_rank", "communication"):
         return Ending(own["cause"], _fact(own), own["rank"], own["host"])
     if signs.asked_by is not None:
-        return Ending("stopped", f"{signs.asked_by}, before the ranks could save")
+        return Ending("interrupted", f"{signs.asked_by} ended it before the ranks could save")
     return _lost_host(signs) or _killed_rank(signs) or _told(signs) or _silent(signs)
-
-
-def _good(signs: Signs) -> Ending:
-    if signs.stopped_by is not None:
-        return Ending("stopped", f"by {signs.stopped_by}")
-    return Ending("finished", "all steps are done")
 
 
 def _lost_host(signs: Signs) -> Ending | None:
     """A host to which no way leads any more."""
-    for error in signs.lost:
+    if signs.lost:
+        error = signs.lost[0]
         return Ending("lost_host", f"the way to {error.host} is gone: {error.words}", host=error.host)
     for host, status in signs.exits.items():
         if status == SSH_FAILED:
@@ -112,9 +117,10 @@ def signal_of(status: int) -> signal.Signals | None:
 
 def _told(signs: Signs) -> Ending | None:
     """What a rank wrote, of itself or of another."""
-    for word in signs.words:
-        return Ending(word["cause"], _fact(word), *_culprit(word))
-    return None
+    if not signs.words:
+        return None
+    word = signs.words[0]
+    return Ending(word["cause"], _fact(word), *_culprit(word))
 
 
 def _fact(word: Mapping[str, Any]) -> str:
@@ -134,10 +140,10 @@ def _silent(signs: Signs) -> Ending:
     """No rank wrote a word: it did not come so far."""
     failed = {host: status for host, status in signs.exits.items() if status}
     host = next(iter(failed), None)
-    status = failed[host] if host is not None else next(status for status in signs.statuses if status)
+    status = failed[host] if host is not None else next((status for status in signs.statuses if status), 0)
     number = signal_of(status)
     if number is not None:
         return Ending("lost_rank", f"{number.name} ended a rank", host=host)
     if status == 2:
-        return Ending("user_error", "the ranks said why", host=host)
-    return Ending("fault", f"ended with status {status}, and no rank said why", host=host)
+        return Ending("user_error", "a rank ended with status 2; what it said is above", host=host)
+    return Ending("fault", f"the launcher ended with status {status}, and no rank said why", host=host)

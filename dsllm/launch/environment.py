@@ -7,6 +7,7 @@ them. Nothing but the standard library is needed here: the file may say where al
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import os
@@ -151,6 +152,12 @@ def adopt(path: str | Path) -> None:
     sys.stderr.flush()
     # By its full path twice: Python looks for its libraries beside what the first argument names.
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **variables, ADOPTED: "1"})
+
+
+def discard(path: str | Path) -> None:
+    """Remove a private file that every rank of this host has adopted; another one of them may have been faster."""
+    with contextlib.suppress(OSError):
+        Path(path).unlink()
 
 
 def _is_any(name: str, patterns: Sequence[str]) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import resource
 import shlex
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, Queue
 from types import TracebackType
@@ -22,17 +24,25 @@ SSH_FAILED = 255
 """ssh's own exit status, whatever became of the command on the host."""
 PING_SECONDS = 5.0
 ANSWER_SECONDS = 15.0
-"""For what an agent does at once; also until the first answer, over a slow way."""
+"""For what an agent does at once."""
+FIRST_ANSWER_SECONDS = 60.0
+"""The way to a host, and Python from a file system that many hosts read at once."""
+SILENT_SECONDS = 15.0
+"""Without an answer to a ping: the host may be gone, or the way to it slow."""
+LOST_SECONDS = 60.0
+"""Without an answer: it is gone."""
 SSH_OPTIONS = (
     *("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"),
-    # a host that is cut off is known as lost within 20 s, not at the end of TCP's patience
-    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
+    # a host that is cut off is known as lost within a minute, not at the end of TCP's patience
+    *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"),
 )
 SOURCE = Path(__file__).with_name("agent.py")
-# Not through sys.stdin, which would read ahead of what it is asked for; and no file of the run's folder is a module.
 BOOTSTRAP = (
-    "import os; n, s = {size}, b''\nwhile len(s) < n: s += os.read(0, n - len(s))\nexec(compile(s, 'agent', 'exec'))"
+    'import os, sys; sys.path.remove(""); s = b""; '
+    'exec("while len(s) < {size}: s += os.read(0, {size} - len(s))"); exec(compile(s, "agent", "exec"))'
 )
+"""Reads the agent from its input, not by sys.stdin, which would read ahead; no file of the run's folder is a module to
+it. One line without single quotes, backslashes and exclamation marks: every shell takes it as it is."""
 Way = Callable[[str, str], list[str]]
 """From a host and a line of shell to the command of this machine that runs it there."""
 
@@ -58,6 +68,13 @@ def on_this_machine(host: str, line: str) -> list[str]:
     return ["sh", "-c", line]
 
 
+def shell_line(folder: Path, command: Sequence[str]) -> str:
+    """What a shell on a host is to do: `command` in `folder`, with this process's PYTHONPATH, where packages may be."""
+    path = os.environ.get("PYTHONPATH")
+    words = ["env", f"PYTHONPATH={path}", *command] if path else command
+    return f"cd {shlex.quote(str(folder))} && exec {shlex.join(words)}"
+
+
 class Agent:
     """The agent on one host, from this side."""
 
@@ -70,8 +87,7 @@ class Agent:
         self.host = host
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the agent
         source = SOURCE.read_bytes()
-        start = f"exec {shlex.quote(python)} -u -c {shlex.quote(BOOTSTRAP.format(size=len(source)))}"
-        command = way(host, f"cd {shlex.quote(str(folder))} && {start}")
+        command = way(host, shell_line(folder, [python, "-u", "-c", BOOTSTRAP.format(size=len(source))]))
         try:
             self._process = subprocess.Popen(
                 command,
@@ -87,6 +103,8 @@ class Agent:
         self._writing = threading.Lock()
         self._asked: dict[int, Queue[dict[str, Any] | None]] = {}
         self._number = 0
+        self._heard = time.monotonic()
+        self._has_answered = False
         self._has_ended = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
         self._write(source)
@@ -96,8 +114,16 @@ class Agent:
         """Whether the way to the host, or the agent, has ended."""
         return self._has_ended.is_set()
 
+    @property
+    def silent_seconds(self) -> float:
+        """Since it last answered, a ping for example."""
+        return time.monotonic() - self._heard
+
     def ask(self, do: str, seconds: float = ANSWER_SECONDS, **arguments: Any) -> Any:
-        """What the agent's function `do` returns there. Raises HostError, after `seconds` at the latest."""
+        """What the agent's function `do` returns there. Raises HostError after `seconds`, or after a minute before
+        its first answer."""
+        if not self._has_answered:
+            seconds = max(seconds, FIRST_ANSWER_SECONDS)
         answers: Queue[dict[str, Any] | None] = Queue()
         with self._writing:
             self._number += 1
@@ -119,7 +145,9 @@ class Agent:
         return answer["result"]
 
     def why_lost(self) -> HostError:
-        """Of an agent that is lost: the last that ssh or the shell said."""
+        """Of an agent that is lost, the last that ssh or the shell said; of another one, that it is silent."""
+        if not self.is_lost:
+            return HostError(self.host, f"no answer for {self.silent_seconds:.0f} s")
         status = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
@@ -159,6 +187,7 @@ class Agent:
         for line in self._process.stdout:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a login script may print
                 answer = json.loads(line)
+                self._heard, self._has_answered = time.monotonic(), True
                 self._asked[answer["id"]].put(answer)
         self._process.wait()
         self._has_ended.set()
@@ -173,6 +202,7 @@ class Hosts:
         self, names: Sequence[str], way: Way, folder: Path | None = None, python: str = sys.executable
     ) -> None:
         """Starts them; the first answers tell which are there. `folder` is this one when absent."""
+        _allow_open_files()
         self.agents = {name: Agent(name, way, folder or Path.cwd(), python) for name in names}
         self._closed = threading.Event()
         threading.Thread(target=self._ping, daemon=True).start()
@@ -210,9 +240,20 @@ class Hosts:
             thread.join()
         return {name: answers[name] for name in names}
 
-    def lost(self) -> list[HostError]:
-        """Hosts whose agent has ended, or the way to it, with the reason."""
-        return [agent.why_lost() for agent in self.agents.values() if agent.is_lost]
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Hang up on these."""
+        for name in names:
+            agent = self.agents.pop(name)
+            agent.close()
+            agent.wait(PING_SECONDS)
+
+    def lost(self, silent_seconds: float = LOST_SECONDS) -> list[HostError]:
+        """Hosts whose agent has ended, or the way to it, or that have not answered for so long; with the reason."""
+        return [
+            agent.why_lost()
+            for agent in list(self.agents.values())
+            if agent.is_lost or agent.silent_seconds > silent_seconds
+        ]
 
     def close(self, seconds: float = 15.0) -> None:
         """Hang up everywhere, and wait."""
@@ -226,5 +267,12 @@ class Hosts:
     def _ping(self) -> None:
         """A thread's work: agents that hear nothing end the ranks of their host."""
         while not self._closed.wait(PING_SECONDS):
-            for agent in self.agents.values():
+            for agent in list(self.agents.values()):
                 agent.note()
+
+
+def _allow_open_files() -> None:
+    """As many as this user may have: each host takes some, and the usual limit is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from dsllm.errors import UserError
-from dsllm.launch.hosts import SSH_OPTIONS, Way, on_this_machine, over_ssh
+from dsllm.launch.hosts import SSH_OPTIONS, Way, on_this_machine, over_ssh, shell_line
 from dsllm.launch.mpi import mpirun_command, mpirun_environment
 from dsllm.launch.slurm import srun_command, srun_one
 from dsllm.launch.topology import Topology, is_this_machine
@@ -231,8 +231,7 @@ def _on_each_host(
 ) -> list[Start]:
     way = way_to_hosts(launcher, topology)
     return [
-        Start(way(name, f"cd {shlex.quote(str(folder))} && exec {shlex.join(on_host(number))}"), host=name)
-        for number, name in enumerate(topology.names)
+        Start(way(name, shell_line(folder, on_host(number))), host=name) for number, name in enumerate(topology.names)
     ]
 
 

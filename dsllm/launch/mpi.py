@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from dsllm.errors import UserError
 from dsllm.launch.hostfile import Host
 
 
@@ -16,7 +17,15 @@ def mpirun_command(hosts: Sequence[Host], ranks_per_host: int, command: Sequence
 
     Stop it with SIGUSR2: mpirun hands that and SIGUSR1 on to every rank, and lets a second pass after SIGTERM, SIGINT
     and SIGHUP until it kills them.
+
+    Raises UserError where a host is an IPv6 address: a number after a colon is one of slots to mpirun.
     """
+    for host in hosts:
+        if ":" in host.name:
+            raise UserError(
+                f"host '{host.name}': given with --launcher openmpi, whose mpirun takes no address with colons; name "
+                "the host in the hostfile, as /etc/hosts can, or start with --launcher ssh"
+            )
     return [
         "mpirun",
         "-np",

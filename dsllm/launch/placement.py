@@ -6,19 +6,15 @@ to know which launcher it was, and DeepSpeed does not look for mpi4py.
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
 from dsllm.errors import UserError
+from dsllm.launch.slurm_job import expand_counts, expand_nodelist, in_step, rendezvous_port
 
 MASTER_PORT = 29500
 """Of rank 0 where nothing else is said: the default of DeepSpeed (deepspeed/constants.py) and torch.distributed."""
-SLURM_PORTS = 1000
-"""Above it, for Slurm's jobs that may share a host: each takes one by its number."""
-FIRST_RESERVED_STEP = 0xFFFFFFF0
-"""Slurm gives numbers from here on to what srun has not started: batch scripts, shells of salloc (slurm/slurm.h)."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +67,10 @@ def place_in(environment: Mapping[str, str]) -> Place | None:
     Raises UserError where it says only a part of it, or what is no number.
     """
     for names in _LAUNCHERS:
-        if names.rank not in environment or (names.launcher == "Slurm" and not _is_step(environment)):
+        if names.rank not in environment:
             continue
+        if names.launcher == "Slurm" and not in_step(environment):
+            continue  # a batch script has a SLURM_PROCID too, and is no rank
         if names.launcher == "MPICH" and names.local_rank not in environment:
             continue  # srun --mpi=pmi2 sets the rest, and tells local ranks in its own way
         local_size = next((environment[name] for name in names.local_size if environment.get(name)), None)
@@ -111,8 +109,8 @@ def _master(place: Place, environment: Mapping[str, str]) -> dict[str, str]:
     if place.world_size == 1:
         return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     if place.launcher == "Slurm" and (nodes := environment.get("SLURM_STEP_NODELIST")):
-        port = MASTER_PORT + int(environment.get("SLURM_JOB_ID", "0")) % SLURM_PORTS
-        derived = {"MASTER_ADDR": first_host(nodes), "MASTER_PORT": str(port)}
+        first, *_ = expand_nodelist(nodes, "SLURM_STEP_NODELIST")
+        derived = {"MASTER_ADDR": first, "MASTER_PORT": str(rendezvous_port(environment))}
         return {name: derived[name] for name in missing}
     how = f"mpirun -x MASTER_ADDR=… -x MASTER_PORT={MASTER_PORT}" if place.launcher == "Open MPI" else "export both"
     raise UserError(
@@ -121,27 +119,14 @@ def _master(place: Place, environment: Mapping[str, str]) -> dict[str, str]:
     )
 
 
-def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes: `gpu[03-08,11],login` -> `gpu03`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0]) if first else nodes
-
-
-def _is_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun has started this process: what a batch script runs has a SLURM_PROCID too, and is no rank."""
-    step = environment.get("SLURM_STEP_ID", "")
-    return step.isdecimal() and int(step) < FIRST_RESERVED_STEP
-
-
 def _slurm_local_size(environment: Mapping[str, str], names: _Names) -> int | None:
     """From `4(x2),3`, tasks on the step's nodes; else from what the job asked for on each."""
     if names.launcher != "Slurm":
         return None
     node = int(environment.get("SLURM_NODEID", "0"))
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
-        node -= int(times or 1)
-        if node < 0:
-            return int(count)
+    counts = expand_counts(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if node < len(counts):
+        return counts[node]
     per_node = environment.get("SLURM_NTASKS_PER_NODE", "")
     return int(per_node) if per_node.isdecimal() else None
 

@@ -5,7 +5,6 @@ Options are those of sbatch(1).
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -27,16 +26,13 @@ def sbatch_script(
     working_folder: str | Path,
     output_folder: str | Path,
     on_cpu: bool = False,
-    time_limit_seconds: float | None = None,
-    partition: str | None = None,
-    account: str | None = None,
     options: Sequence[str] = (),
 ) -> str:
     """The script's text.
 
     `program` is the `dsllm` to run, as `dsllm_program` finds it; `launch_arguments` follow its `launch`, run in
     `working_folder`. `output_folder` is an absolute path, and has to exist when the job starts: Slurm makes none, and a
-    job without it fails without a word. `options` are further ones such as `--qos=high`; they win over those here.
+    job without it fails without a word. `options` are further ones such as `--time=4:00:00`; they win over those here.
     Without a time limit the partition's own holds.
 
     Raises UserError where a name cannot stand in a line of the script, or an option is none.
@@ -48,7 +44,6 @@ def sbatch_script(
         "# A task and a GPU for each rank: this script is one process, but its steps have no more than the job has.",
         _option("ntasks-per-node", str(ranks_per_node)),
         *([] if on_cpu else [_option("gpus-per-node", str(ranks_per_node))]),
-        *_limits(time_limit_seconds, partition, account),
         "# The log goes on where a job that is requeued does.",
         _option("output", f"{_without_patterns(str(output_folder))}/slurm-%j.log"),
         _option("open-mode", "append"),
@@ -74,17 +69,6 @@ def dsllm_program() -> list[str]:
     """The `dsllm` of this Python's environment, by its path, which holds on every node that shares it."""
     beside = Path(sys.executable).parent / "dsllm"
     return [str(beside)] if beside.is_file() else [sys.executable, "-m", "dsllm.cli.app"]
-
-
-def _limits(time_limit_seconds: float | None, partition: str | None, account: str | None) -> list[str]:
-    lines = []
-    if time_limit_seconds is not None:
-        lines.append(_option("time", str(math.ceil(time_limit_seconds / 60))))  # minutes, which Slurm counts in
-    if partition is not None:
-        lines.append(_option("partition", partition))
-    if account is not None:
-        lines.append(_option("account", account))
-    return lines
 
 
 def _option(name: str, value: str) -> str:

@@ -7,18 +7,12 @@ take them from the variables of the job: `SLURM_NTASKS`, `SLURM_EXPORT_ENV` and 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Mapping, Sequence
 
 from dsllm.errors import UserError
-from dsllm.launch.allocation import expand_nodelist
 from dsllm.launch.hostfile import Host
-
-_FIRST_SPECIAL_STEP = 0xFFFF_FFF0
-"""From here on ids are not those of steps that srun was asked for, but the batch script's, salloc's shell's, ssh's."""
-
-_FIRST_PORT = 10_000
-_NUM_PORTS = 20_000
-"""Below the ports that Linux hands out itself, from 32768."""
+from dsllm.launch.slurm_job import expand_nodelist, in_step
 
 _OPTIONS_OF_THE_JOB = (
     "SLURM_GPUS",  # of the whole job: more than a step on one of its hosts can have
@@ -46,7 +40,8 @@ _IGNORED = "trap '' USR1 USR2"
 def srun_command(
     hosts: Sequence[Host], ranks_per_host: int, command: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Starts `command` once for each rank, `ranks_per_host` on each of `hosts`, which are `in_allocation_order`.
+    """Starts `command` once for each rank, `ranks_per_host` on each of `hosts`, which are `in_allocation_order`, on the
+    GPUs of each that are chosen, the same of all.
 
     A rank has `SLURM_PROCID`, `SLURM_LOCALID` and `SLURM_NODEID` for rank, local rank and node rank. Output is not
     buffered where Python's is not (`python -u`): srun's `--unbuffered` would give ranks a terminal.
@@ -69,7 +64,7 @@ def srun_command(
         "--gpu-bind=none",  # ranks see all GPUs of their host and take the one of their local rank
         "--kill-on-bad-exit=1",  # else the others wait in a collective for a rank that failed
         "--input=none",
-        *("sh", "-c", f'{_IGNORED}; exec "$@"', "sh"),
+        *("sh", "-c", f'{_IGNORED}; {_selection(hosts)}exec "$@"', "sh"),
         *command,
     ]
 
@@ -88,6 +83,24 @@ def srun_one(host: str, shell_command: str, environment: Mapping[str, str] | Non
         "-c",
         f"{_IGNORED}; {shell_command}",
     ]
+
+
+def _selection(hosts: Sequence[Host]) -> str:
+    """Shell that narrows CUDA_VISIBLE_DEVICES to the chosen GPUs; nothing where they are simply the first.
+
+    It runs in each task, since Slurm sets the variable there, for a step, whatever srun was started with: slots are
+    places in its list, or numbers where Slurm does not manage GPUs.
+    """
+    slots = hosts[0].slot_ids
+    assert all(host.slot_ids == slots for host in hosts), "refuse_unlike_gpus was not asked"
+    if hosts[0].chosen is None:
+        return ""
+    every = ",".join(map(str, range(slots[-1] + 1)))
+    fields = ",".join(str(slot + 1) for slot in slots)
+    return (
+        f'CUDA_VISIBLE_DEVICES=$(echo "${{CUDA_VISIBLE_DEVICES:-{every}}}" | cut -s -d, -f{fields}); '
+        "export CUDA_VISIBLE_DEVICES; "
+    )
 
 
 def _srun(environment: Mapping[str, str] | None) -> list[str]:
@@ -113,23 +126,39 @@ def in_allocation_order(hosts: Sequence[Host], environment: Mapping[str, str]) -
     return sorted(hosts, key=lambda host: place[host.name])
 
 
-def in_step(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process, rather than a batch script, or the shell of an allocation."""
-    step = environment.get("SLURM_STEP_ID", "")
-    return step.isdecimal() and int(step) < _FIRST_SPECIAL_STEP
+def refuse_unlike_gpus(hosts: Sequence[Host]) -> None:
+    """Raises UserError where other GPUs are chosen of one host than of another: srun starts the same on all."""
+    first = hosts[0]
+    for host in hosts:
+        if host.slot_ids != first.slot_ids:
+            raise UserError(
+                f"--include or --exclude: given GPUs {_listed(first)} of host '{first.name}' and {_listed(host)} of "
+                f"'{host.name}'; must be the same of every host of a Slurm job; choose the same, or leave whole hosts "
+                "out"
+            )
 
 
-def rendezvous_port(environment: Mapping[str, str]) -> int:
-    """A port for the ranks to meet at that two jobs on one node are unlikely to share, where none can be asked for.
+def _listed(host: Host) -> str:
+    return ",".join(map(str, host.slot_ids))
 
-    Raises UserError outside a Slurm job.
+
+def needs_srun(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the batch script or the shell of a job that has other nodes than this machine, or only
+    others, as where salloc opens its shell on the login node: a run on this machine alone is not meant.
+
+    Raises UserError where Slurm's list of nodes is none.
     """
-    job = environment.get("SLURM_JOB_ID", "")
-    if not job.isdecimal():
-        raise UserError(f"SLURM_JOB_ID: given '{job}'; must be the number of a job; start the run inside a Slurm job")
-    return _FIRST_PORT + int(job) % _NUM_PORTS
+    if in_step(environment):
+        return False
+    if environment.get("SLURM_JOB_NUM_NODES", "1") not in ("", "1"):
+        return True
+    listed = environment.get("SLURM_JOB_NODELIST", "")
+    return listed != "" and not _is_one_of(expand_nodelist(listed, "SLURM_JOB_NODELIST"), environment)
 
 
-def is_job_of_several_nodes(environment: Mapping[str, str]) -> bool:
-    """Whether this process is the batch script or the shell of such a job: a run on this node alone is not meant."""
-    return not in_step(environment) and environment.get("SLURM_JOB_NUM_NODES", "1") not in ("", "1")
+def _is_one_of(nodes: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether this machine is one of these nodes: by the name that Slurm's daemon has given its processes here, or by
+    its own, either of which may have a domain."""
+    own = socket.gethostname()
+    same = {environment.get("SLURMD_NODENAME"), own, own.partition(".")[0]}
+    return any(node in same or node.partition(".")[0] == own for node in nodes)

@@ -10,21 +10,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 from dsllm.errors import UserError
 from dsllm.launch.agent import RANK_VARIABLES
 from dsllm.launch.ending import Signs
-from dsllm.launch.hosts import HostError, Hosts
+from dsllm.launch.hosts import SILENT_SECONDS, HostError, Hosts
 from dsllm.launch.launchers import Start
+from dsllm.launch.requests import STOP_SIGNALS, Requests
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1)
 POLL_SECONDS = 0.1
-ENDING_SECONDS = 35.0
+ENDING_SECONDS = 25.0
 """From the first sign of an end to the last rank's own: a watchdog needs 15 s to miss a rank, and 5 more to tell."""
-SWEEP_SECONDS = 20.0
+SWEEP_SECONDS = 10.0
+WORDS_SECONDS = 5.0
+RELAY_SECONDS = 5.0
+"""For what ranks have printed to reach a screen that is slow."""
 PDSH_TELLS = re.compile(r"pdsh@[^:]+: (?P<host>[^:]+): ssh exited with exit code (?P<status>\d+)")
 OF_DEEPSPEED = re.compile(r"\[[^]]+\] \[[A-Z]+\] \[(launch|real_accelerator)\.py:")
 """What DeepSpeed's launcher says on each host, whole command lines too; on another host it cannot be told not to."""
@@ -48,7 +50,14 @@ class Watched(NamedTuple):
     """Hosts that could not be looked at."""
 
 
-def watch_ranks(starts: Sequence[Start], hosts: Hosts, launch: str, logs: str, screen: Screen | None = None) -> Watched:
+def watch_ranks(
+    starts: Sequence[Start],
+    hosts: Hosts,
+    launch: str,
+    logs: str,
+    requests: Requests,
+    screen: Screen | None = None,
+) -> Watched:
     """Start ranks and wait for them, whatever happens to them.
 
     `launch` is in the environment or on the command line of everything that belongs to the attempt; `logs` is where
@@ -60,47 +69,42 @@ def watch_ranks(starts: Sequence[Start], hosts: Hosts, launch: str, logs: str, s
 
     Raises UserError where the launcher is not installed.
     """
-    return _Attempt(hosts, launch, logs, screen).run(starts)
+    return _Attempt(hosts, launch, logs, requests, screen or Screen()).run(starts)
 
 
 class _Attempt:
-    def __init__(self, hosts: Hosts, launch: str, logs: str, screen: Screen | None) -> None:
+    def __init__(self, hosts: Hosts, launch: str, logs: str, requests: Requests, screen: Screen) -> None:
         self._hosts = hosts
         self._launch = launch
         self._logs = logs
-        self._screen = screen or Screen()
-        self._received: list[signal.Signals] = []
+        self._requests = requests
+        self._screen = screen
         self._exits: dict[str, int] = {}
         self._relays: list[threading.Thread] = []
-        self._asked_by: str | None = None
         self._ends_now = False
-
-        self._processes: list[subprocess.Popen[str]] = []
-        self._handing_on: list[subprocess.Popen[str]] = []
+        self._started: list[tuple[Start, subprocess.Popen[str]]] = []
 
     def run(self, starts: Sequence[Start]) -> Watched:
-        processes = self._processes
-        # In place before the launcher starts: a signal that ends dsllm alone would leave the ranks running.
-        with self._signals():
-            try:
-                for start in starts:
-                    processes.append(self._start(start))
-                self._wait()
-            finally:
-                # before the sweep: a host may be lost by it, and commands of this machine are ended
-                lost, has_ended = self._hosts.lost(), [process.poll() is not None for process in processes]
-                words = self._last_words()
-                left_behind, not_swept = self._sweep()
-                _end(processes)
-        for relay in self._relays:
-            relay.join(POLL_SECONDS)
-        statuses = [process.returncode for process in processes]
-        exits = {
-            start.host: status
-            for start, status, has_ended_itself in zip(starts, statuses, has_ended, strict=True)
-            if start.host is not None and has_ended_itself
-        }
-        signs = Signs(statuses, {**exits, **self._exits}, lost, words, self._asked_by)
+        try:
+            for start in starts:
+                self._started.append((start, self._start(start)))
+            self._wait()
+        finally:
+            # before the sweep: a host may be lost by it, and commands of this machine are ended
+            lost = self._hosts.lost(SILENT_SECONDS)
+            statuses = [(start.host, process.poll()) for start, process in self._started]
+            left_behind, not_swept = self._sweep()
+            _end([process for _, process in self._started])
+        words = self._last_words([error.host for error in not_swept])
+        self._finish_relays()
+        exits = {host: status for host, status in statuses if host is not None and status}
+        signs = Signs(
+            statuses=[-signal.SIGKILL if status is None else status for _, status in statuses],
+            exits={**exits, **self._exits},
+            lost=lost,
+            words=words,
+            asked_by=self._requests.stop_asked_by,
+        )
         return Watched(signs, left_behind, not_swept)
 
     def _start(self, start: Start) -> subprocess.Popen[str]:
@@ -108,7 +112,7 @@ class _Attempt:
         own = {
             name: value
             for name, value in os.environ.items()
-            if name not in RANK_VARIABLES and not name.startswith(start.without)
+            if name not in RANK_VARIABLES and (name == "PYTHONPATH" or not name.startswith(start.without))
         }
         is_relayed = start.host is not None or start.is_labelled
         try:
@@ -129,59 +133,48 @@ class _Attempt:
             ) from None
         if is_relayed:
             self._relay(process, start.host)
-        if start.hands_signals_on:
-            self._handing_on.append(process)
         return process
 
     def _wait(self) -> None:
-        """Until all have ended, or some time after the first sign that they will not end well."""
+        """Until all have ended; after the first sign that they will not end well, until those have that can be heard
+        of, and no longer than a while."""
         deadline = None
-        while running := [process for process in self._processes if process.poll() is None]:
+        while running := [(start, process) for start, process in self._started if process.poll() is None]:
             self._hand_signals_on()
             if deadline is None and self._has_failed():
                 deadline = time.monotonic() + ENDING_SECONDS
-            if self._ends_now or (deadline is not None and time.monotonic() > deadline):
+            if self._ends_now or (deadline is not None and self._is_over([start for start, _ in running], deadline)):
                 return
             with contextlib.suppress(subprocess.TimeoutExpired):
-                running[0].wait(POLL_SECONDS)
+                running[0][1].wait(POLL_SECONDS)
 
     def _has_failed(self) -> bool:
         """Whether any start, host or way to one has."""
-        statuses = [*(process.returncode for process in self._processes), *self._exits.values()]
+        statuses = [*(process.returncode for _, process in self._started), *self._exits.values()]
         return any(statuses) or bool(self._hosts.lost())
 
+    def _is_over(self, running: Sequence[Start], deadline: float) -> bool:
+        """Whether what still runs is waited for in vain: it is for hosts that no longer answer."""
+        hosts = set(self._hosts.agents) if any(start.host is None for start in running) else set()
+        awaited = (hosts | {start.host for start in running if start.host is not None}) - set(self._exits)
+        silent = {error.host for error in self._hosts.lost(SILENT_SECONDS)}
+        return time.monotonic() > deadline or bool(awaited and awaited <= silent)
+
     def _hand_signals_on(self) -> None:
-        """To every rank. A terminal that is closed asks for the same end as SIGTERM."""
-        while self._received:
-            received = self._received.pop(0)
+        """To every rank. A terminal that is closed asks for the same end as SIGTERM. Where every host has answered that
+        it has none, the end is now."""
+        for received in self._requests.take():
             number = signal.SIGTERM if received == signal.SIGHUP else received
-            answers = self._hosts.ask_all("send_signal", launch=self._launch, number=int(number))
-            has_ranks = any(answer for answer in answers.values() if not isinstance(answer, HostError))
-            if received in STOP_SIGNALS:
-                self._asked_by = self._asked_by or received.name
-                self._ends_now = not has_ranks and not self._passes_on(signal.SIGUSR2)
+            counts = self._hosts.ask_all("send_signal", launch=self._launch, number=int(number)).values()
+            if received in STOP_SIGNALS and all(count == 0 for count in counts):
+                self._ends_now = not self._passes_on(signal.SIGUSR2)
 
     def _passes_on(self, number: signal.Signals) -> bool:
         """Ranks that no agent of ours sees, because Slurm alone is asked: srun hands them this signal, and no other."""
-        running = [process for process in self._handing_on if process.poll() is None]
-        for process in running:
+        handing_on = [process for start, process in self._started if start.hands_signals_on and process.poll() is None]
+        for process in handing_on:
             process.send_signal(number)
-        return bool(running)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Within, signals are received, and handed on by the main loop."""
-
-        def receive(number: int, frame: object) -> None:
-            self._received.append(signal.Signals(number))
-
-        handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
-        before = {number: signal.signal(number, receive) for number in handled}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return bool(handing_on)
 
     def _relay(self, process: subprocess.Popen[str], host: str | None) -> None:
         """What comes from several hosts: lines of the first one as they are, of others under their name."""
@@ -199,7 +192,7 @@ class _Attempt:
         for line in stream:
             told = PDSH_TELLS.match(line)
             if told is not None:
-                self._exits[told["host"]] = int(told["status"])
+                self._exits[self._host_named(told["host"]) or told["host"]] = int(told["status"])
                 continue
             name, words = self._parted(line, host)
             if OF_DEEPSPEED.match(words):
@@ -209,19 +202,36 @@ class _Attempt:
                 screen.write(words if is_first else f"{name}: {words}")
                 screen.flush()
 
+    def _finish_relays(self) -> None:
+        deadline = time.monotonic() + RELAY_SECONDS
+        for relay in self._relays:
+            relay.join(max(0.0, deadline - time.monotonic()))
+
     def _parted(self, line: str, host: str | None) -> tuple[str | None, str]:
         """The host that a line comes from, if it is known, and the line itself."""
         match = LABEL.match(line) if host is None else None
-        if match and match["host"] in self._hosts.agents:
-            return match["host"], match["line"]
-        return host, line
+        named = self._host_named(match["host"]) if match else None
+        return (named, match["line"]) if match and named is not None else (host, line)
 
-    def _last_words(self) -> list[Mapping[str, Any]]:
-        answers = self._hosts.ask_all("last_words", launch=self._launch, logs=self._logs)
+    def _host_named(self, label: str) -> str | None:
+        """The host of a label of pdsh's, which leaves out a domain that all hosts have."""
+        if label in self._hosts.agents:
+            return label
+        found = [name for name in self._hosts.agents if name.startswith(f"{label}.")]
+        return found[0] if len(found) == 1 else None
+
+    def _last_words(self, silent: Sequence[str]) -> list[Mapping[str, Any]]:
+        """Of the ranks that failed, as the first host sees their folder; where it sees none, as the others do."""
+        names = [name for name in self._hosts.agents if name not in silent]
         words: dict[int, Mapping[str, Any]] = {}
-        for answer in answers.values():
-            if not isinstance(answer, HostError):
-                words.update({word["rank"]: word for word in answer})
+        for some in (names[:1], names[1:]):
+            each: dict[str, dict[str, Any]] = {name: {} for name in some}
+            answers = self._hosts.ask_all("last_words", WORDS_SECONDS, each, launch=self._launch, logs=self._logs)
+            for answer in answers.values():
+                if not isinstance(answer, HostError):
+                    words.update({word["rank"]: word for word in answer})
+            if words:
+                break
         return sorted(words.values(), key=lambda word: (not word["is_own"], word["time"]))
 
     def _sweep(self) -> tuple[dict[str, list[str]], list[HostError]]:

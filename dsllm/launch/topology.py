@@ -100,7 +100,7 @@ def hosts_topology(
     if num_nodes is not None and num_nodes > len(listed):
         raise UserError(f"--num-nodes: given {num_nodes}; {source} lists {len(listed)} hosts; ask for as many or fewer")
     used = select_hosts(listed, include, exclude, source)[:num_nodes]
-    ranks = _ranks_per_host(source, used, num_gpus)
+    ranks = _ranks_per_host(source, used, num_gpus, is_chosen=include is not None or exclude is not None)
     return Topology(tuple(_with_ranks(host, ranks) for host in used))
 
 
@@ -138,19 +138,28 @@ def _with_ranks(host: Host, ranks: int) -> Host:
     return Host(host.name, ranks, host.chosen[:ranks])
 
 
-def _ranks_per_host(source: str, hosts: Sequence[Host], num_gpus: int | None) -> int:
+def _ranks_per_host(source: str, hosts: Sequence[Host], num_gpus: int | None, is_chosen: bool) -> int:
     fewest = min(hosts, key=lambda host: host.slots)
     if num_gpus is None and any(host.slots != fewest.slots for host in hosts):
         slots = ", ".join(f"{host.name} {host.slots}" for host in hosts)
-        raise UserError(
-            f"{source}: hosts with different slots ({slots}) need one number of ranks; add --num-gpus {fewest.slots}"
+        remedy = (
+            f"choose as many of each: --include {_as_many(hosts)}" if is_chosen else f"add --num-gpus {fewest.slots}"
         )
+        raise UserError(f"{source}: hosts with different slots ({slots}) need one number of ranks; {remedy}")
     if num_gpus is not None and num_gpus > fewest.slots:
         raise UserError(
             f"--num-gpus: given {num_gpus}; host '{fewest.name}' of {source} has {fewest.slots} slots; "
             f"ask for {fewest.slots} or fewer"
         )
     return num_gpus or fewest.slots
+
+
+def _as_many(hosts: Sequence[Host]) -> str:
+    """A choice for `--include` of as many slots of each host as one of them has fewest; the same of all where it can
+    be, as Slurm needs it."""
+    fewest = min((host.slot_ids for host in hosts), key=len)
+    slots = {host.name: fewest if set(fewest) <= set(host.slot_ids) else host.slot_ids[: len(fewest)] for host in hosts}
+    return "@".join(f"{name}:{','.join(map(str, ids))}" for name, ids in slots.items())
 
 
 def is_this_machine(host: str) -> bool:

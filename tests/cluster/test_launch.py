@@ -169,7 +169,8 @@ def test_two_hosts_train_as_two_ranks_and_go_on_with_another_launcher(
     own_file.write_text("FROM_DEEPSPEED_ENV=also-private\n")
     ssh_files = {path: path.read_bytes() for path in (hosts.home / ".ssh").iterdir()}
     env = {"HF_TOKEN": SECRET, "NOT_FORWARDED": "1"}
-    with listening(a, 29500), launched(hosts, folder, run, "--launcher", "pdsh", env=env) as launch:
+    options = ["--launcher", "pdsh", "--master-port", "29500"]
+    with listening(a, 29500), launched(hosts, folder, run, *options, env=env) as launch:
         wait_for_step(run, 5, launch)
         (rank,) = ranks_on(b)
         environment = b.run(["cat", f"/proc/{rank.pid}/environ"]).stdout.split("\0")

@@ -70,13 +70,19 @@ def run_ranks(
 
 
 def run_launch(
-    arguments: Sequence[str | Path], *, num_ranks: int, timeout_seconds: float, check: bool = True
+    arguments: Sequence[str | Path],
+    *,
+    num_ranks: int,
+    timeout_seconds: float,
+    env: Mapping[str, str] | None = None,
+    check: bool = True,
+    port: int | None = None,
 ) -> RankResult:
     """`dsllm launch <arguments>`, otherwise as `run_ranks`. All that the ranks write is in `launcher_output`."""
     launch = [sys.executable, "-m", "dsllm.cli.app", "launch", "--num-gpus", str(num_ranks)]
-    command = [*launch, "--master-port", str(free_port()), *arguments]
+    command = [*launch, "--master-port", str(port or free_port()), *arguments]
     with tempfile.TemporaryDirectory() as folder:
-        return _run(command, num_ranks, timeout_seconds, ROOT, None, check, Path(folder))
+        return _run(command, num_ranks, timeout_seconds, ROOT, env, check, Path(folder))
 
 
 def _run(
