@@ -85,7 +85,8 @@ class Launcher:
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"id": 1, "do": do, **arguments}).encode() + b"\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())["result"]
+        lines = iter(self.process.stdout.readline, b"")
+        return next(json.loads(line)["result"] for line in lines if line.strip())
 
 
 @pytest.fixture
@@ -240,17 +241,29 @@ def test_where_the_launcher_falls_silent_what_is_guarded_ends(impatient: Launche
     assert impatient.process.wait(5) == 0
 
 
-@pytest.mark.parametrize("end", ["answers are not read", "a line is no request"])
-def test_whatever_ends_the_agent_ends_what_it_guards(impatient: Launcher, launch: str, end: str) -> None:
+def test_a_line_that_is_no_request_ends_the_agent_with_what_it_guards(impatient: Launcher, launch: str) -> None:
     rank = start(launch, RANK="0")
     impatient.ask("guard", launch=launch)
     assert impatient.process.stdin is not None
-    assert impatient.process.stdout is not None
-    if end == "answers are not read":
-        impatient.process.stdout.close()
-    impatient.process.stdin.write(b'{"id": 2, "do": "ping"}\n' if end == "answers are not read" else b"junk\n")
+    impatient.process.stdin.write(b"junk\n")
     impatient.process.stdin.flush()
     assert rank.wait(0.9) == -signal.SIGKILL, "at once, not for its silence"
+
+
+def test_a_request_that_hangs_keeps_no_other_from_its_answer_and_not_the_agent_from_its_end(
+    tmp_path: Path, launch: str
+) -> None:
+    one = Agent("here", on_this_machine, tmp_path, sys.executable)
+    rank = start(launch, RANK="0")
+    one.ask("guard", launch=launch)
+    with pytest.raises(HostError, match="no answer within"):
+        one.ask("run", 0.2, command=["sleep", "20"], environment={}, folder="/", limit=60)
+    started = time.monotonic()
+    assert one.ask("ping")
+    one.close()
+    one.wait(10)
+    assert rank.wait(1) == -signal.SIGKILL
+    assert time.monotonic() - started < 5
 
 
 def test_as_long_as_the_launcher_writes_nothing_ends(impatient: Launcher, launch: str) -> None:

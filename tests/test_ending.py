@@ -26,25 +26,42 @@ def of_another(cause: str, message: str, rank: int = 0, host: str = "a") -> dict
 # --- good ends -------------------------------------------------------------------------------------------------------
 
 
-def test_all_statuses_0_are_a_run_that_finished() -> None:
-    ending = find_ending(Signs([0, 0], {"a": 0, "b": 0}))
+FINISHED = Ending("finished", "all steps are done")
+STOPPED = Ending("stopped", "by SIGUSR2")
+
+
+def test_a_run_that_ends_with_0_ended_as_it_says() -> None:
+    ending = find_ending(Signs([0, 0], {"a": 0, "b": 0}, says=FINISHED))
     assert (ending.cause, ending.is_good, ending.exit_status) == ("finished", True, 0)
-
-
-def test_a_run_that_says_what_stopped_it_has_not_finished() -> None:
-    ending = find_ending(Signs([0], asked_by="SIGUSR2", stopped_by="SIGUSR2"))
-    assert (ending.cause, ending.message, ending.exit_status) == ("stopped", "by SIGUSR2", 0)
-    assert find_ending(Signs([0], stopped_by="time limit")).message == "by time limit"
+    ending = find_ending(Signs([0], asked_by="SIGUSR2", says=STOPPED))
+    assert (ending, ending.exit_status) == (STOPPED, 0)
 
 
 def test_a_signal_at_the_last_step_stops_nothing() -> None:
-    assert find_ending(Signs([0], asked_by="SIGTERM")).cause == "finished"
+    assert find_ending(Signs([0], asked_by="SIGTERM", says=FINISHED)) == FINISHED
 
 
-def test_a_launch_that_is_stopped_before_its_ranks_can_save_is_stopped() -> None:
-    ending = find_ending(Signs([-9], asked_by="SIGTERM"))
-    assert (ending.cause, ending.message) == ("stopped", "SIGTERM, before the ranks could save")
-    assert find_ending(Signs([143], {"a": 143}, asked_by="SIGINT")).cause == "stopped"
+def test_a_run_that_has_not_come_to_its_end_has_not_finished_whatever_its_launcher_ends_with() -> None:
+    """DeepSpeed's ends with 0 where a signal has ended it."""
+    ending = find_ending(Signs([0]))
+    assert (ending.cause, ending.message) == ("fault", "the launcher ended with status 0, and no rank said why")
+    assert find_ending(Signs([247], says=FINISHED)).cause == "lost_rank"
+
+
+def test_a_launch_that_is_stopped_before_its_ranks_can_save_is_interrupted_and_not_started_again() -> None:
+    for signs in (
+        Signs([-9], asked_by="SIGTERM"),
+        Signs([143], {"a": 143}, asked_by="SIGTERM"),
+        Signs([0], asked_by="SIGTERM"),
+    ):
+        ending = find_ending(signs)
+        assert (ending.cause, ending.message) == ("interrupted", "SIGTERM ended it before the ranks could save")
+        assert (ending.is_good, ending.exit_status, ending.is_curable) == (False, 1, False)
+
+
+def test_what_fails_while_somebody_has_asked_for_the_end_is_not_started_again() -> None:
+    ending = find_ending(Signs([1], words=[word("hang")], asked_by="SIGTERM"))
+    assert (ending.cause, ending.was_asked, ending.is_curable) == ("hang", True, False)
 
 
 @pytest.mark.parametrize("cause", ["disk", "user_error", "out_of_memory", "fault"])
@@ -107,6 +124,7 @@ def test_255_is_sshs_own_status() -> None:
 
 def test_a_host_that_is_lost_while_all_else_ends_well_is_not_overlooked() -> None:
     assert find_ending(Signs([0], lost=[LOST_B])).cause == "lost_host"
+    assert find_ending(Signs([0], lost=[LOST_B], says=FINISHED)) == FINISHED, "it was not needed any more"
 
 
 def test_ranks_that_miss_another_tell_which() -> None:
@@ -183,7 +201,7 @@ def test_status_2_without_a_word_is_the_users_mistake() -> None:
 
 def test_any_other_status_without_a_word_is_a_fault() -> None:
     ending = find_ending(Signs([0, 7], {"a": 0, "b": 7}))
-    assert ending == Ending("fault", "ended with status 7, and no rank said why", host="b")
+    assert ending == Ending("fault", "the launcher ended with status 7, and no rank said why", host="b")
     assert (ending.exit_status, ending.is_curable) == (1, True)
 
 

@@ -164,6 +164,42 @@ def test_an_agent_that_hangs_does_not_hold_the_launcher_up_at_the_end(tmp_path: 
     assert process.poll() == -signal.SIGKILL
 
 
+def test_an_agent_that_hangs_is_lost_after_a_while_and_is_not_when_it_answers_again(tmp_path: Path) -> None:
+    with Hosts(["a", "b"], on_this_machine, tmp_path) as asked:
+        asked.ask_all("ping")
+        process = asked.agents["a"]._process
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.6)
+        assert asked.agents["b"].ask("ping")
+        assert [str(error) for error in asked.lost(silent_seconds=0.5)] == ["a: no answer for 1 s"]
+        assert asked.lost() == []
+        os.kill(process.pid, signal.SIGCONT)
+        assert asked.agents["a"].ask("ping")
+        assert asked.lost(silent_seconds=0.5) == []
+
+
+def test_who_is_left_out_is_gone_and_asked_no_more(three: Hosts) -> None:
+    process = three.agents["b"]._process
+    three.leave_out(["b"])
+    assert process.poll() == 0
+    assert three.ask_all("ping") == {"a": True, "c": True}
+
+
+def test_agents_find_packages_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/a b:/c")
+    with Hosts(["a"], on_this_machine, tmp_path) as asked:
+        command = ["sh", "-c", "echo $PYTHONPATH"]
+        answer = asked.agents["a"].ask("run", command=command, environment={}, folder="/", limit=5)
+        assert answer["stdout"] == "/a b:/c\n"
+
+
+def test_no_file_of_the_runs_folder_is_a_module_to_an_agent(tmp_path: Path) -> None:
+    for name in ("json", "socket", "fcntl", "glob"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    with Hosts(["a"], on_this_machine, tmp_path) as asked:
+        assert asked.ask_all("ping") == {"a": True}
+
+
 def test_the_launcher_is_heard_of_more_often_than_an_agent_waits() -> None:
     assert 3 * hosts.PING_SECONDS < agent.SILENT_SECONDS
 
@@ -171,7 +207,9 @@ def test_the_launcher_is_heard_of_more_often_than_an_agent_waits() -> None:
 def test_pings_go_out_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With agents that wait 1 s and a launcher that writes every 0.2 s: none ends in 3 s."""
     impatient = tmp_path / "agent.py"
-    impatient.write_text(hosts.SOURCE.read_text().replace("SILENT_SECONDS = 30.0", "SILENT_SECONDS = 1.0"))
+    usual = f"\nSILENT_SECONDS = {agent.SILENT_SECONDS}\n"
+    impatient.write_text(hosts.SOURCE.read_text().replace(usual, "\nSILENT_SECONDS = 1.0\n"))
+    assert "SILENT_SECONDS = 1.0" in impatient.read_text()
     monkeypatch.setattr(hosts, "SOURCE", impatient)
     monkeypatch.setattr(hosts, "PING_SECONDS", 0.2)
     with Hosts(["a"], on_this_machine, tmp_path) as asked:

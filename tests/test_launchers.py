@@ -50,6 +50,7 @@ HARD_CHARACTERS = st.text(st.sampled_from(" \"'\\$`%!*~#&;|<>(){}[]?\nab=n"), ma
 @pytest.fixture(autouse=True)
 def _plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setattr(launchers, "JOB_HOSTFILE", Path("/nowhere/hostfile"))
 
 
@@ -130,6 +131,22 @@ def test_a_launcher_that_cannot_is_refused_with_the_way_out(
     with pytest.raises(UserError) as refusal:
         choose_launcher(given, topology)
     assert str(refusal.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["my runs", "it's", "100%n", "$HOME"])
+def test_pdsh_is_not_used_where_deepspeed_would_hand_it_a_path_that_it_tears_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    install(monkeypatch, "pdsh")
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    assert choose_launcher(None, HOSTFILE) == "ssh"
+    with pytest.raises(UserError) as refusal:
+        choose_launcher("pdsh", HOSTFILE)
+    assert str(refusal.value) == (
+        f"--launcher: given pdsh, to which DeepSpeed hands '{tmp_path / name}' as it is; start from a path of letters, "
+        "digits and -_./ alone, or with --launcher ssh"
+    )
 
 
 def test_hosts_are_asked_the_way_that_the_launcher_goes() -> None:
@@ -229,6 +246,12 @@ def test_ssh_starts_on_each_host_what_deepspeed_would() -> None:
             *(f"--node_rank={number}", "--master_addr=10.0.0.1", "--master_port=29501", "--log_level=error")
         ]
         assert words[13:] == [str(TRAIN_SCRIPT), *ARGUMENTS]
+
+
+def test_a_path_of_packages_goes_along_to_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/my packages")
+    words = shlex.split(start_all("ssh", HOSTFILE)[0].command[-1])
+    assert words[3:6] == ["exec", "env", "PYTHONPATH=/my packages"]
 
 
 def test_torchrun_on_several_hosts_numbers_them() -> None:

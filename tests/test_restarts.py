@@ -6,21 +6,27 @@ leaves last words and ends as a test wants, since real ranks need 15 s a start. 
 
 from __future__ import annotations
 
-import json
+import os
 import shlex
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dsllm.errors import DsllmError
+from dsllm.errors import DsllmError, UserError
 from dsllm.launch import launchers, restarts
-from dsllm.launch.run_plan import RunPlan
+from dsllm.launch.attempt import Outcome
 from dsllm.launch.ending import Ending
 from dsllm.launch.history import read_history
 from dsllm.launch.hostfile import Host
-from dsllm.launch.restarts import Patience, carry_through, steps_done
+from dsllm.launch.readiness import _used_hosts
+from dsllm.launch.requests import Requests
+from dsllm.launch.restarts import Patience, carry_through
+from dsllm.launch.run_plan import RunPlan
+from dsllm.launch.steps import steps_done
 from dsllm.launch.topology import Topology
 from dsllm.spec.load import load_spec
 
@@ -44,6 +50,7 @@ class Runs:
             f"cd {shlex.quote(str(self.run_dir.parent))}; mkdir -p run/logs run/checkpoints",
             'echo "$@" >> arguments',
             'step() { echo "{\\"step\\": $1}" >> run/metrics.jsonl; }',
+            'finish() { echo "{\\"event\\": \\"finished\\", \\"step\\": 9}" >> run/history.jsonl; exit 0; }',
             "save() { echo global_step$1 > run/checkpoints/latest; }",
             'say() { echo "{\\"launch\\": \\"$DSLLM_LAUNCH\\", \\"time\\": 1.0, \\"rank\\": $2, \\"host\\": \\"here\\",'
             ' \\"cause\\": \\"$1\\", \\"message\\": \\"why\\", \\"is_own\\": true}" > run/logs/rank$2.ended.json; }',
@@ -79,7 +86,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
 
 
 def test_a_run_that_finishes_is_started_once(runs: Runs) -> None:
-    assert runs.carry("step 1; step 2; exit 0").cause == "finished"
+    assert runs.carry("step 1; step 2; finish").cause == "finished"
     assert len(runs.starts) == 1
     (launched,), (ended,) = runs.events("launched"), runs.events("ended")
     assert (launched["step"], launched["launcher"], launched["hosts"]) == (0, "local", ["localhost"])
@@ -88,7 +95,7 @@ def test_a_run_that_finishes_is_started_once(runs: Runs) -> None:
 
 
 def test_a_killed_rank_is_a_reason_to_start_again(runs: Runs) -> None:
-    assert runs.carry(f"step 1; {KILLED}", "step 2; exit 0", max_restarts=1).cause == "finished"
+    assert runs.carry(f"step 1; {KILLED}", "step 2; finish", max_restarts=1).cause == "finished"
     assert [event["cause"] for event in runs.events("ended")] == ["lost_rank", "finished"]
     assert [event["step"] for event in runs.events("launched")] == [0, 1]
     assert [line for line in runs.said if "starting again" in line] == (
@@ -109,7 +116,7 @@ def test_what_would_come_again_is_not_tried_again(runs: Runs, cause: str) -> Non
 
 @pytest.mark.parametrize("cause", ["lost_host", "lost_rank", "communication", "hang", "fault"])
 def test_what_may_not_come_again_is_tried_again(runs: Runs, cause: str) -> None:
-    assert runs.carry(f"step 1; say {cause} 1; exit 1", "step 2; exit 0").cause == "finished"
+    assert runs.carry(f"step 1; say {cause} 1; exit 1", "step 2; finish").cause == "finished"
     assert runs.events("ended")[0]["cause"] == cause
     assert (runs.events("ended")[0]["rank"], runs.events("ended")[0]["host"]) == (1, "here")
 
@@ -131,7 +138,7 @@ def test_as_long_as_there_are_more_steps_it_is_tried_as_often_as_allowed(runs: R
 
 
 def test_another_end_at_the_same_step_is_another_matter(runs: Runs) -> None:
-    ends = [KILLED, "say hang 1; exit 1", KILLED, "exit 0"]
+    ends = [KILLED, "say hang 1; exit 1", KILLED, "finish"]
     assert runs.carry(*ends).cause == "finished"
     assert len(runs.starts) == 4
 
@@ -139,8 +146,7 @@ def test_another_end_at_the_same_step_is_another_matter(runs: Runs) -> None:
 def test_waits_double_up_to_five_minutes(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(restarts, "FIRST_WAIT_SECONDS", 5.0)
     waited: list[float] = []
-    # the supervisor has a time of its own to sleep by
-    monkeypatch.setattr(restarts, "time", SimpleNamespace(sleep=waited.append, monotonic=lambda: 0.0))
+    monkeypatch.setattr(Requests, "wait", lambda requests, seconds: waited.append(seconds))
     attempts = [f"step {number}; {KILLED}" for number in range(1, 10)]
     runs.carry(*attempts, max_restarts=8)
     assert waited == [5, 10, 20, 40, 80, 160, 300, 300]
@@ -163,17 +169,17 @@ def test_what_an_earlier_attempt_left_is_no_word_of_this_one(runs: Runs) -> None
 
 
 def test_after_resume_never_a_restart_goes_on_from_the_runs_own_checkpoint(runs: Runs) -> None:
-    runs.carry(f"step 1; save 1; {KILLED}", "step 2; exit 0", resume="never")
+    runs.carry(f"step 1; save 1; {KILLED}", "step 2; finish", resume="never")
     assert ["--resume never" in start for start in runs.starts] == [True, False]
 
 
 def test_another_runs_checkpoint_is_where_to_start_until_there_is_one_of_its_own(runs: Runs, tmp_path: Path) -> None:
-    runs.carry("step 1; exit 1", "step 2; save 2; exit 1", "exit 0", resume=str(tmp_path))
+    runs.carry("step 1; exit 1", "step 2; save 2; exit 1", "finish", resume=str(tmp_path))
     assert [f"--resume {tmp_path}" in start for start in runs.starts] == [True, True, False]
 
 
 def test_a_time_limit_counts_from_the_first_start(runs: Runs) -> None:
-    runs.carry("step 1; sleep 1.2; exit 1", "exit 0", stop_after_seconds=100)
+    runs.carry("step 1; sleep 1.2; exit 1", "finish", stop_after_seconds=100)
     seconds = [int(start.split("--stop-after ")[1].split("s")[0]) for start in runs.starts]
     assert seconds[0] == 100
     assert 90 <= seconds[1] < 100
@@ -208,67 +214,96 @@ def test_a_run_without_records_has_done_no_step(tmp_path: Path) -> None:
 # --- on which hosts --------------------------------------------------------------------------------------------------
 
 
-def hosts_left(monkeypatch: pytest.MonkeyPatch, healthy: list[str], min_hosts: int | None, *settings: str) -> list[str]:
-    """With a made-up doctor in place of the real one, which needs the hosts."""
+def hosts_left(ready: list[str], min_hosts: int | None, *settings: str) -> list[str]:
+    """With what a doctor might have found in place of the real one, which needs the hosts."""
     hosts = tuple(Host(name, 2) for name in "abcd")
-    failed = {host.name: [SimpleNamespace(found="on fire")] for host in hosts if host.name not in healthy}
-    monkeypatch.setattr(restarts, "open_hosts", lambda plan, topology: open("/dev/null"))  # noqa: SIM115
-    report = SimpleNamespace(healthy=healthy, failed=failed)
-    monkeypatch.setattr(restarts, "examine", lambda hosts, wanted, quick: report)
+    finding = SimpleNamespace(found="on fire", remedy="water")
+    report = SimpleNamespace(
+        against=lambda asks_doctor: {host.name: [finding] for host in hosts if host.name not in ready}
+    )
     sizes = ["batch.global_batch_size=48", "batch.micro_batch_size=2", *settings]
     plan = RunPlan(spec_name="quickstart", spec=load_spec("quickstart", sizes), run_dir=Path("run"), launcher="ssh")
     topology = Topology(hosts, hostfile="hosts", listed=hosts)
-    left = restarts._hosts_left(plan, topology, Patience(1, min_hosts))
+    left = _used_hosts(plan, topology, report, min_hosts)  # type: ignore[arg-type]
     assert left.listed == hosts, "pdsh names those that are left"
     return left.names
 
 
-def test_all_hosts_that_are_ready_are_used_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hosts_left(monkeypatch, ["d", "c", "b", "a"], None) == ["a", "b", "c", "d"]
-    assert hosts_left(monkeypatch, ["a", "c", "d"], 2) == ["a", "c", "d"]
+def test_all_hosts_that_are_ready_are_used_in_their_order() -> None:
+    assert hosts_left(["d", "c", "b", "a"], None) == ["a", "b", "c", "d"]
+    assert hosts_left(["a", "c", "d"], 2) == ["a", "c", "d"]
 
 
-def test_as_many_are_used_as_the_batch_divides_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_are_used_as_the_batch_divides_over() -> None:
     """32 sequences on 3 hosts of 2 ranks, 2 sequences each at a time: 12 do not divide 32, 8 do."""
-    assert hosts_left(monkeypatch, ["a", "c", "d"], 1, "batch.global_batch_size=32") == ["a", "c"]
+    assert hosts_left(["a", "c", "d"], 1, "batch.global_batch_size=32") == ["a", "c"]
 
 
-def test_fewer_than_at_the_start_are_refused_unless_they_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = (
-        "3 of 4 hosts are ready, and the run may start with 4 whose ranks divide the global batch (b: on fire); "
-        "mend them, or lower --min-hosts"
-    )
+def test_where_fewer_are_ready_than_the_run_may_start_with_it_says_what_is_wrong_with_the_others() -> None:
+    remedy = "dsllm doctor says more, --no-doctor starts all the same where that is possible"
     with pytest.raises(DsllmError) as refusal:
-        hosts_left(monkeypatch, ["a", "c", "d"], None)
-    assert str(refusal.value) == message
-    with pytest.raises(DsllmError, match="1 of 4 hosts are ready, and the run may start with 2 whose"):
-        hosts_left(monkeypatch, ["a"], 2)
+        hosts_left(["a", "c", "d"], None)
+    assert str(refusal.value) == f"b: on fire; water; {remedy}"
+    with pytest.raises(DsllmError) as refusal:
+        hosts_left(["a"], 2)
+    found = "b: on fire; water; c: on fire; water; d: on fire; water"
+    assert str(refusal.value) == f"1 hosts are ready, --min-hosts 2: {found}; {remedy}"
 
 
-def test_hosts_that_are_not_ready_at_a_restart_are_one_more_failed_attempt(
+def test_hosts_that_the_batch_divides_over_in_no_number_are_refused_as_such() -> None:
+    with pytest.raises(DsllmError, match="the global batch does not divide over any number of hosts from there on"):
+        hosts_left(["a", "b", "c", "d"], 3, "batch.global_batch_size=20")
+
+
+def test_hosts_that_are_not_ready_at_a_restart_are_one_more_failed_attempt_however_often(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They may come back. The attempt itself is made up: a host cannot be lost on this machine alone."""
-    started = []
+    ends = iter([Ending("hang", ""), None, None, Ending("finished", "")])
 
-    def attempt(*arguments: Any, **options: Any) -> Any:
-        started.append(arguments)
-        if len(started) == 2:
+    def attempt(*arguments: Any, **options: Any) -> Outcome:
+        ending = next(ends)
+        if ending is None:
             raise DsllmError("b: cannot be asked")
-        return SimpleNamespace(
-            ending=Ending("finished" if len(started) == 3 else "hang", ""), last_lines=(), not_swept=()
-        )
+        return Outcome(ending)
 
     monkeypatch.setattr(restarts, "attempt", attempt)
-    assert runs.carry("exit 0", max_restarts=2).cause == "finished"
-    assert [event["cause"] for event in runs.events("ended")] == ["hang", "lost_host", "finished"]
-    assert json.loads((runs.run_dir / "history.jsonl").read_text().splitlines()[3])["message"] == "b: cannot be asked"
+    assert runs.carry("exit 1", max_restarts=3).cause == "finished"
+    assert [event["cause"] for event in runs.events("ended")] == ["hang", "lost_host", "lost_host", "finished"]
+    assert runs.events("ended")[1]["message"] == "b: cannot be asked"
 
 
-def test_hosts_that_are_not_ready_at_the_first_start_end_it(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def attempt(*arguments: Any, **options: Any) -> Any:
-        raise DsllmError("b: cannot be asked")
+@pytest.mark.parametrize("kind", [DsllmError, UserError])
+def test_hosts_that_are_not_ready_at_the_first_start_end_it(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, kind: type[DsllmError]
+) -> None:
+    def attempt(*arguments: Any, **options: Any) -> Outcome:
+        raise kind("b: cannot be asked")
 
     monkeypatch.setattr(restarts, "attempt", attempt)
-    with pytest.raises(DsllmError, match="b: cannot be asked"):
-        runs.carry("exit 0")
+    with pytest.raises(kind, match="b: cannot be asked"):
+        runs.carry("exit 1")
+
+
+# --- requests between attempts ---------------------------------------------------------------------------------------
+
+
+def test_a_signal_that_comes_between_two_attempts_is_not_lost(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restarts, "FIRST_WAIT_SECONDS", 60.0)
+
+    def say(line: str) -> None:
+        if "starting again" in line:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(runs, "said", SimpleNamespace(append=say))
+    started = time.monotonic()
+    ending = runs.carry(f"step 1; {KILLED}")
+    assert ending == Ending("interrupted", "SIGTERM came before it started again")
+    assert (ending.exit_status, len(runs.starts)) == (1, 1)
+    assert time.monotonic() - started < 30
+
+
+def test_what_fails_after_somebody_asked_for_the_end_is_not_started_again(runs: Runs) -> None:
+    rank = "RANK=0 sh -c 'trap \"\" TERM; sleep 3' & sleep 0.2"
+    ending = runs.carry(f"{rank}; kill -TERM {os.getpid()}; sleep 0.5; step 1; say hang 1; exit 1")
+    assert (ending.cause, ending.was_asked, len(runs.starts)) == ("hang", True, 1)

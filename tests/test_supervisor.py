@@ -20,6 +20,7 @@ from dsllm.errors import UserError
 from dsllm.launch import agent, supervisor
 from dsllm.launch.hosts import Hosts, on_this_machine
 from dsllm.launch.launchers import Start
+from dsllm.launch.requests import Requests
 from dsllm.launch.supervisor import Screen, Watched, watch_ranks
 
 
@@ -45,7 +46,8 @@ class Attempt:
         return Start(["sh", "-c", line], {"DSLLM_LAUNCH": self.launch}, host=host, **options)
 
     def watch(self, *starts: Start) -> Watched:
-        return watch_ranks(starts, self.hosts, self.launch, str(self.logs), Screen(self.out, self.err))
+        with Requests() as requests:
+            return watch_ranks(starts, self.hosts, self.launch, str(self.logs), requests, Screen(self.out, self.err))
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def attempt(launch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 def test_starts_that_end_well_leave_no_sign(attempt: Attempt) -> None:
     signs, left, not_swept = attempt.watch(attempt.start("exit 0", "a"), attempt.start("exit 0", "b"))
-    assert (signs.statuses, signs.exits, signs.lost, signs.words) == ([0, 0], {"a": 0, "b": 0}, [], [])
+    assert (signs.statuses, signs.exits, signs.lost, signs.words) == ([0, 0], {}, [], [])
     assert (left, not_swept) == ({}, [])
 
 
@@ -112,12 +114,14 @@ def test_a_program_that_is_not_installed_ends_what_was_started_before(attempt: A
 def test_a_start_has_this_processs_environment_without_a_ranks_and_what_it_must_not_have(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "NCCL_DEBUG", "PYTHONPATH", "RANK_OF_MINE"):
+    for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "NCCL_DEBUG", "PYTHONSAFEPATH", "RANK_OF_MINE"):
         monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("PYTHONPATH", "x")
     attempt.watch(attempt.start("env", "a", without=("NCCL", "PYTHON")))
     names = {line.partition("=")[0] for line in attempt.out.getvalue().splitlines()}
     assert {"DSLLM_LAUNCH", "PATH", "RANK_OF_MINE"} <= names
-    assert not names & {"RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "NCCL_DEBUG", "PYTHONPATH"}
+    assert "PYTHONPATH" in names, "the launcher has to find its packages itself"
+    assert not names & {"RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "NCCL_DEBUG", "PYTHONSAFEPATH"}
 
 
 # --- what ranks print ------------------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def choose_launcher(given: str | None, topology: Topology, is_dry: bool = False)
             return "local"
         if topology.hostfile is None:
             return "slurm"
-        return "pdsh" if shutil.which("pdsh") and address is None else "ssh"
+        is_fit_for_pdsh = shutil.which("pdsh") and address is None and _unfit_for_pdsh() is None
+        return "pdsh" if is_fit_for_pdsh else "ssh"
     launcher = next((name for name in LAUNCHERS if name == given), None)
     if launcher is None:
         raise UserError(f"--launcher: given '{given}'; must be one of {', '.join(LAUNCHERS)}")
@@ -89,9 +90,21 @@ def choose_launcher(given: str | None, topology: Topology, is_dry: bool = False)
         return launcher
     if launcher == "pdsh" and not shutil.which("pdsh"):
         raise UserError("--launcher: given pdsh, which is not installed here; apt-get install pdsh, or --launcher ssh")
+    if launcher == "pdsh" and (path := _unfit_for_pdsh()) is not None:
+        raise UserError(
+            f"--launcher: given pdsh, to which DeepSpeed hands '{path}' as it is; start from a path of letters, digits "
+            "and -_./ alone, or with --launcher ssh"
+        )
     if launcher == "openmpi" and not shutil.which("mpirun"):
         raise UserError("--launcher: given openmpi, but no mpirun is on the PATH; install Open MPI, or leave it out")
     return launcher
+
+
+def _unfit_for_pdsh() -> Path | None:
+    """A path that the shell on a host would not read as it is: DeepSpeed quotes neither the folder, where ranks would
+    then start in the home, nor the interpreter and the script. (deepspeed/launcher/multinode_runner.py, PDSHRunner)"""
+    paths = (Path.cwd(), Path(sys.executable), TRAIN_SCRIPT)
+    return next((path for path in paths if "%" in str(path) or shlex.quote(str(path)) != str(path)), None)
 
 
 def way_to_hosts(launcher: Launcher, topology: Topology) -> Way:
