@@ -349,6 +349,17 @@ def test_a_port_greets_with_its_word_until_it_is_left(here: Agent) -> None:
     )
 
 
+def test_a_port_is_reached_by_both_families_and_by_ipv4_first(here: Agent) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    port = here.ask("free_port", preferred=0)
+    here.ask("listen", port=port, word="hello")
+    for address in ("127.0.0.1", "::1"):
+        found = here.ask("connect", address=address, port=port, word="hello", patience=5)
+        assert (found["error"], found["address"], found["peer"]) == (None, address, address)
+    assert here.ask("connect", address="localhost", port=port, word="hello", patience=5)["peer"] == "127.0.0.1"
+
+
 # --- programs and last words -----------------------------------------------------------------------------------------
 
 

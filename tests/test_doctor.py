@@ -466,6 +466,13 @@ def test_a_name_that_is_local_on_the_first_host_gives_way_to_its_address():
     assert wrong(findings) == []
 
 
+def test_an_address_that_is_the_hosts_own_everywhere_is_none():
+    tried = {"a": {"a": reached("lo", "::1", "::1"), "b": reached()}, "fd00::1": {"a": reached(), "b": reached()}}
+    rendezvous, _ = _judge("a", 29500, tried)
+    assert rendezvous is not None
+    assert rendezvous.address == "10.0.0.1"
+
+
 def test_a_name_is_kept_where_it_means_another_address_to_each_host():
     tried = {"a": {"a": reached(peer="10.0.0.1"), "b": reached(peer="192.168.0.1")}}
     rendezvous, _ = _judge("a", 29500, tried)

@@ -39,6 +39,7 @@ from dsllm.launch.topology import Topology, local_topology
 LISTED = (Host("a", 8), Host("b", 8))
 HOSTFILE = Topology(LISTED, hostfile="hosts", listed=LISTED)
 IN_JOB = Topology(LISTED)
+BY_IPV6 = Topology((Host("fd00::1", 8),), hostfile="hosts")
 LOCAL = Topology((Host("localhost", 4),), is_local=True, on_cpu=False)
 MEETING = Meeting("10.0.0.1", 29501)
 ARGUMENTS = ["--spec", "my spec.yaml"]
@@ -75,6 +76,7 @@ def test_the_launcher_that_fits_is_chosen(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_launcher(None, LOCAL) == "local"
     assert choose_launcher(None, HOSTFILE) == "pdsh"
     assert choose_launcher(None, IN_JOB) == "slurm"
+    assert choose_launcher(None, BY_IPV6) == "ssh"
     install(monkeypatch)
     assert choose_launcher(None, HOSTFILE) == "ssh"
 
@@ -116,6 +118,8 @@ def test_a_launcher_is_taken_where_it_can_start_what_is_asked_for(
         ("local", HOSTFILE, "--launcher: given local, which starts ranks on this machine alone; leave it out"),
         ("ssh", LOCAL, "--launcher: given ssh for this machine alone; add --hostfile, which names other hosts"),
         ("slurm", HOSTFILE, "--launcher: given slurm with a hostfile; leave --hostfile out: the Slurm job has its"),
+        ("pdsh", BY_IPV6, "--launcher: given pdsh, which takes no IPv6 address such as fd00::1 for a host; name it in"),
+        ("openmpi", BY_IPV6, "--launcher: given openmpi, which takes no IPv6 address such as fd00::1 for a host; name"),
         ("pdsh", HOSTFILE, "--launcher: given pdsh, which is not installed here; apt-get install pdsh, or --launcher"),
         ("openmpi", LOCAL, "--launcher: given openmpi, but no mpirun is on the PATH; install Open MPI, or leave it"),
     ],

@@ -211,23 +211,21 @@ def write_private(launch: str, text: str) -> str:
 def free_port(preferred: int) -> int:
     """`preferred` where nothing listens on it, else a port that the system gives."""
     for port in (preferred, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
+        with contextlib.suppress(OSError), listener_at(port) as probe:
             return probe.getsockname()[1]
     raise OSError("no free port")
 
 
+def listener_at(port: int) -> socket.socket:
+    """At every address of this host, by IPv6 and IPv4 where it has both."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", port), family=family, backlog=1024, dualstack_ipv6=both)
+
+
 def listen(port: int, word: str) -> None:
     """Greet whoever connects to the port with `word`, until `unlisten`."""
-    listener = socket.socket()
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("", port))
-    listener.listen(1024)
-    listeners[port] = listener
+    listener = listeners[port] = listener_at(port)
     threading.Thread(target=greet, args=(listener, word.encode()), daemon=True).start()
 
 
@@ -254,8 +252,7 @@ def connect(address: str, port: int, word: str, patience: float) -> dict[str, An
     `{"error": words}`, or `{"error": None, "interface": name, "address": own address on the way, "peer": the other's}`.
     """
     try:
-        with socket.create_connection((address, port), patience) as caller:
-            caller.settimeout(patience)
+        with call(address, port, patience) as caller:
             said = b""
             while len(said) < len(word):
                 piece = caller.recv(len(word) - len(said))
@@ -268,6 +265,23 @@ def connect(address: str, port: int, word: str, patience: float) -> dict[str, An
     if said != word.encode():
         return {"error": "something else listens there"}
     return {"error": None, "interface": interface_of(own), "address": own, "peer": peer}
+
+
+def call(address: str, port: int, patience: float) -> socket.socket:
+    """Connect, by IPv4 where the name has such an address: gloo takes that of an interface first, too."""
+    found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    failures = []
+    for family, kind, protocol, _, place in sorted(found, key=lambda one: one[0] != socket.AF_INET):
+        caller = socket.socket(family, kind, protocol)
+        try:
+            caller.settimeout(patience)
+            caller.connect(place)
+        except OSError as error:
+            caller.close()
+            failures.append(error)
+        else:
+            return caller
+    raise failures[0]
 
 
 def reach(targets: list[list[Any]], word: str, patience: float) -> list[dict[str, Any]]:
@@ -288,9 +302,9 @@ def reach(targets: list[list[Any]], word: str, patience: float) -> list[dict[str
 
 
 def addresses() -> list[list[str]]:
-    """`[interface, IPv4 address]` of every interface that has one, loopback last."""
+    """`[interface, address]` of every address that others could reach: IPv4 first, then IPv6; loopback last."""
     found = [[name, own] for _, name in socket.if_nameindex() for own in [address_of(name)] if own is not None]
-    return sorted(found, key=lambda pair: pair[1].startswith("127."))
+    return sorted(found + addresses_6(), key=lambda pair: pair[1].startswith("127."))
 
 
 def interface_of(address: str) -> str | None:
@@ -306,6 +320,15 @@ def address_of(interface: str) -> str | None:
         except OSError:
             return None
     return socket.inet_ntoa(answered[20:24])  # struct ifreq: 16 bytes of name, 4 of family and port
+
+
+def addresses_6() -> list[list[str]]:
+    """`[interface, IPv6 address]` of every global one, by Linux's /proc/net/if_inet6."""
+    lines = [line.split() for line in read("/proc/net", "if_inet6").decode().splitlines()]
+    is_global = "00"
+    return [
+        [line[5], socket.inet_ntop(socket.AF_INET6, bytes.fromhex(line[0]))] for line in lines if line[3] == is_global
+    ]
 
 
 # Programs and last words

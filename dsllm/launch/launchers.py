@@ -64,12 +64,14 @@ def choose_launcher(given: str | None, topology: Topology, is_dry: bool = False)
 
     Raises UserError where it is unknown, cannot start what is asked for or, unless `is_dry`, is not installed here.
     """
+    address = next((name for name in topology.names if ":" in name), None)  # IPv6
     if given is None:
         if topology.is_local:
             return "local"
         if topology.hostfile is None:
             return "slurm"
-        return "pdsh" if shutil.which("pdsh") and _unfit_for_pdsh() is None else "ssh"
+        is_fit_for_pdsh = shutil.which("pdsh") and address is None and _unfit_for_pdsh() is None
+        return "pdsh" if is_fit_for_pdsh else "ssh"
     launcher = next((name for name in LAUNCHERS if name == given), None)
     if launcher is None:
         raise UserError(f"--launcher: given '{given}'; must be one of {', '.join(LAUNCHERS)}")
@@ -79,6 +81,11 @@ def choose_launcher(given: str | None, topology: Topology, is_dry: bool = False)
         raise UserError(f"--launcher: given {launcher} for this machine alone; add --hostfile, which names other hosts")
     if launcher == "slurm" and (topology.hostfile is not None or topology.is_local):  # local: it names this machine
         raise UserError("--launcher: given slurm with a hostfile; leave --hostfile out: the Slurm job has its hosts")
+    if launcher in ("pdsh", "openmpi") and address is not None:  # as DeepSpeed's --include and mpirun read a colon
+        raise UserError(
+            f"--launcher: given {launcher}, which takes no IPv6 address such as {address} for a host; "
+            "name it in /etc/hosts, or give --launcher ssh"
+        )
     if is_dry:
         return launcher
     if launcher == "pdsh" and not shutil.which("pdsh"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -292,6 +293,26 @@ def test_a_port_that_is_in_use_is_replaced_by_a_free_one(examine, a):
         process.kill()
     assert document["ready"]
     assert document["rendezvous"]["port"] != 29500
+
+
+def test_hosts_that_have_ipv6_alone_meet_and_are_measured(examine, pair, tmp_path):
+    names = tmp_path / "names"
+    names.write_text("127.0.0.1 localhost\nfd77::1 host-a\nfd77::2 host-b\n")
+    with contextlib.ExitStack() as undone:
+        for number, host in enumerate(pair.hosts, start=1):
+            undone.enter_context(host.overlay("/etc/hosts", names))
+            undone.callback(
+                host.isolation.do,
+                f"ip address add {host.address}/24 dev eth0; ip address del fd77::{number}/64 dev eth0",
+            )
+            host.isolation.do(
+                f"ip address add fd77::{number}/64 dev eth0 nodad && ip address del {host.address}/24 dev eth0"
+            )
+        document = json.loads(examine("--json", quick=False).stdout)
+    assert document["ready"], document["findings"]
+    assert document["rendezvous"]["address"] == "fd77::1"
+    assert document["rendezvous"]["interfaces"] == {"host-a": "eth0", "host-b": "eth0"}
+    assert document["links"]["backend"] == "gloo"
 
 
 def test_a_slow_link_is_named_with_its_figures(examine, b):

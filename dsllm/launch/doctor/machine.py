@@ -104,20 +104,21 @@ def _gpus(host: str, facts: Facts, wanted: Host) -> list[Finding]:
     if facts.driver_error is not None:
         remedy = "reboot it or reinstall the driver, or leave it out: --exclude " + host
         return [Finding(host, "GPUs", "failed", f"nvidia-smi: {facts.driver_error}", remedy)]
-    there = len(facts.gpus)
-    if any(number >= there for number in wanted.slot_ids):
-        own = _count(there, "GPU") + (
-            "" if facts.visible is None else f" by CUDA_VISIBLE_DEVICES={facts.visible} there"
-        )
-        found = f"{own} for {_count(wanted.slots, 'slot')}"
-        if wanted.chosen is not None:
-            found = f"{own}, without numbers {listed(str(n) for n in wanted.chosen if n >= there)}"
-        remedy = (
-            "see whether its driver is installed" if facts.visible is None else "set it otherwise there, or not at all"
-        )
-        remedy = f"lower its slots to {there} in the hostfile" if there else remedy
-        return [Finding(host, "GPUs", "failed", found, remedy)]
+    if any(slot >= len(facts.gpus) for slot in wanted.slot_ids):
+        return [_too_few(host, facts, wanted)]
     return [_shared_memory(host, facts, wanted), _processes(host, _used(facts, wanted))]
+
+
+def _too_few(host: str, facts: Facts, wanted: Host) -> Finding:
+    there, found, remedy = len(facts.gpus), "", "see whether its driver is installed"
+    if facts.visible is not None:
+        found, remedy = f" by CUDA_VISIBLE_DEVICES={facts.visible} there", "set it otherwise there, or not at all"
+    found = _count(there, "GPU") + found
+    if wanted.chosen is None:
+        found += f" for {_count(wanted.slots, 'slot')}"
+    else:
+        found += f", without numbers {listed(str(slot) for slot in wanted.chosen if slot >= there)}"
+    return Finding(host, "GPUs", "failed", found, f"lower its slots to {there} in the hostfile" if there else remedy)
 
 
 def _used(facts: Facts, wanted: Host) -> list[GpuFacts]:

@@ -126,7 +126,9 @@ def _why_not(tried: Tried) -> str | None:
     """None where the host reached the candidate, in a way that the others can come back on."""
     if tried["error"] is not None:
         return str(tried["error"])
-    if tried["address"].startswith("127."):  # an entry 127.0.1.1 for the own name in /etc/hosts
+    if (
+        tried["address"].startswith("127.") or tried["address"] == "::1"
+    ):  # an entry 127.0.1.1 for the own name in /etc/hosts
         return f"its name leads to {tried['address']} there, which no other host reaches"
     return None
 
