@@ -227,7 +227,7 @@ def test_one_spec_is_named_and_no_other(capsys: pytest.CaptureFixture[str], argu
         (
             "a slots=1\nfe80::1 slots=1\n",
             ["--launcher", "openmpi", "--dry-run"],
-            "host 'fe80::1': given with --launch",
+            "--launcher: given openmpi, which takes no IPv6 address such as fe80::1 for a host",
         ),
         ("a slots=2\nb slots=1\n", [], "hosts with different slots (a 2, b 1) need one number of ranks; add --num-gpu"),
     ],
