@@ -45,9 +45,10 @@ def write_job_script(
     run_dir: str | None,
     arguments: list[str],
     options: list[str],
+    is_dry: bool,
 ) -> None:
     """A script for `sbatch` that starts `dsllm launch` with `arguments` on nodes of `num_gpus` each, and the folder
-    that its log goes to. `options` are lines of it, such as `--partition=gpu`.
+    that its log goes to; printed in their place where `is_dry`. `options` are lines of it, such as `--partition=gpu`.
 
     Raises UserError where the size of the job is not given, or the batch does not divide over it.
     """
@@ -68,6 +69,9 @@ def write_job_script(
         on_cpu=os.environ.get("DS_ACCELERATOR") == "cpu",
         options=options,
     )
+    if is_dry:
+        typer.echo(script, nl=False)
+        return
     logs.mkdir(parents=True, exist_ok=True)  # a job whose log has no folder fails without a word
     file.write_text(script)
     typer.echo(f"{file}: {nodes} x {ranks} ranks; sbatch {file} submits it, its log goes to {logs}")

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(rich_markup_mode=None)
 
+SHOWN_COMMANDS = 8
+"""Of a dry run; each names all hosts, so of many hosts only the first is shown."""
+
 
 @app.command(epilog="Example: dsllm launch 1b --hostfile hostfiles/two-node --set zero.stage=3")
 def launch(
@@ -114,7 +117,8 @@ def launch(
         check_job_options(include, exclude, launcher, resume)
         in_job = train_arguments(spec, run_dir, resume, overrides or [], stop_after)
         in_job += _given(max_restarts, min_hosts, doctor, master_port)
-        write_job_script(Path(write_sbatch), loaded, num_nodes, num_gpus, hostfile, run_dir, in_job, sbatch or [])
+        file, options = Path(write_sbatch), sbatch or []
+        write_job_script(file, loaded, num_nodes, num_gpus, hostfile, run_dir, in_job, options, is_dry=dry_run)
         return
     topology = topology_of(hostfile, num_nodes, num_gpus, include, exclude, launcher)
     _check_min_hosts(min_hosts, topology)
@@ -175,8 +179,12 @@ def _show_dry_run(plan: RunPlan, topology: Topology, resume: str, stop_after: st
     file = "/tmp/dsllm-LAUNCH/environment" if has_file else None
     arguments = train_arguments(plan.spec_name, plan.given_run_dir, resume, plan.overrides, stop_after, file)
     meeting = Meeting("127.0.0.1" if topology.is_local else topology.names[0], plan.port or PREFERRED_PORT)
-    for start in starts(plan.launcher, topology, meeting, arguments, Path.cwd()):
+    planned = starts(plan.launcher, topology, meeting, arguments, Path.cwd())
+    shown = planned if len(planned) <= SHOWN_COMMANDS else planned[:1]
+    for start in shown:
         typer.echo(start.as_typed())
+    if len(shown) < len(planned):
+        typer.echo(f"… and so on for {len(planned) - len(shown)} more hosts, each with its node rank")
     if topology.is_local:
         return
     per_host = topology.ranks_per_host

@@ -64,30 +64,44 @@ def choose_launcher(given: str | None, topology: Topology, is_dry: bool = False)
 
     Raises UserError where it is unknown, cannot start what is asked for or, unless `is_dry`, is not installed here.
     """
-    address = next((name for name in topology.names if ":" in name), None)  # IPv6
     if given is None:
-        if topology.is_local:
-            return "local"
-        if topology.hostfile is None:
-            return "slurm"
-        is_fit_for_pdsh = shutil.which("pdsh") and address is None and _unfit_for_pdsh() is None
-        return "pdsh" if is_fit_for_pdsh else "ssh"
+        return _fitting_launcher(topology)
     launcher = next((name for name in LAUNCHERS if name == given), None)
     if launcher is None:
         raise UserError(f"--launcher: given '{given}'; must be one of {', '.join(LAUNCHERS)}")
+    _refuse_for_hosts(launcher, topology)
+    if not is_dry:
+        _refuse_here(launcher)
+    return launcher
+
+
+def _fitting_launcher(topology: Topology) -> Launcher:
+    if topology.is_local:
+        return "local"
+    if topology.hostfile is None:
+        return "slurm"
+    is_fit_for_pdsh = shutil.which("pdsh") and _ipv6_address(topology) is None and _unfit_for_pdsh() is None
+    return "pdsh" if is_fit_for_pdsh else "ssh"
+
+
+def _refuse_for_hosts(launcher: Launcher, topology: Topology) -> None:
+    """Raises UserError where the launcher cannot start ranks on these hosts."""
     if launcher == "local" and not topology.is_local:
         raise UserError("--launcher: given local, which starts ranks on this machine alone; leave it out for others")
     if launcher in ("pdsh", "ssh") and topology.is_local:
         raise UserError(f"--launcher: given {launcher} for this machine alone; add --hostfile, which names other hosts")
     if launcher == "slurm" and (topology.hostfile is not None or topology.is_local):  # local: it names this machine
         raise UserError("--launcher: given slurm with a hostfile; leave --hostfile out: the Slurm job has its hosts")
+    address = _ipv6_address(topology)
     if launcher in ("pdsh", "openmpi") and address is not None:  # as DeepSpeed's --include and mpirun read a colon
         raise UserError(
             f"--launcher: given {launcher}, which takes no IPv6 address such as {address} for a host; "
             "name it in /etc/hosts, or give --launcher ssh"
         )
-    if is_dry:
-        return launcher
+
+
+def _refuse_here(launcher: Launcher) -> None:
+    """Raises UserError where the launcher is not installed on this machine, or cannot start from this folder."""
     if launcher == "pdsh" and not shutil.which("pdsh"):
         raise UserError("--launcher: given pdsh, which is not installed here; apt-get install pdsh, or --launcher ssh")
     if launcher == "pdsh" and (path := _unfit_for_pdsh()) is not None:
@@ -97,7 +111,10 @@ def choose_launcher(given: str | None, topology: Topology, is_dry: bool = False)
         )
     if launcher == "openmpi" and not shutil.which("mpirun"):
         raise UserError("--launcher: given openmpi, but no mpirun is on the PATH; install Open MPI, or leave it out")
-    return launcher
+
+
+def _ipv6_address(topology: Topology) -> str | None:
+    return next((name for name in topology.names if ":" in name), None)
 
 
 def _unfit_for_pdsh() -> Path | None:
@@ -256,7 +273,8 @@ def _slurm(topology: Topology, meeting: Meeting, arguments: Sequence[str], folde
 
 def _openmpi(topology: Topology, meeting: Meeting, arguments: Sequence[str], folder: Path) -> list[Start]:
     command = [sys.executable, "-u", str(TRAIN_SCRIPT), *arguments]
-    return [Start(mpirun_command(topology.hosts, topology.ranks_per_host, command), mpirun_environment())]
+    environment = {**mpirun_environment(), **(local_environment(topology) if topology.is_local else {})}
+    return [Start(mpirun_command(topology.hosts, topology.ranks_per_host, command), environment)]
 
 
 _STARTS: dict[Launcher, Callable[[Topology, Meeting, Sequence[str], Path], list[Start]]] = {

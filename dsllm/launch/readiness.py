@@ -26,8 +26,6 @@ OWN_PORTS = 1000
 """Ports that launches choose from, so that two on the same hosts seldom take the same."""
 SETS_MEETING: tuple[Launcher, ...] = ("local", "pdsh", "ssh", "torchrun")
 """Launchers that tell their ranks themselves where to meet."""
-CHOOSES_GPUS: tuple[Launcher, ...] = ("local", "pdsh", "ssh", "slurm")
-"""Launchers that tell their ranks which GPUs of a host are chosen."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,10 @@ def make_ready(plan: RunPlan, topology: Topology, hosts: Hosts, launch: str, min
     if topology.is_local:
         _guard(hosts, launch)
         free: int = hosts.agents[THIS_MACHINE].ask("free_port", preferred=port)
-        return _ready(plan, topology, Meeting("127.0.0.1", free), {}, launch)
+        return _ready(plan, topology, Meeting("127.0.0.1", free), launch)
     if plan.asks_nobody:
         _guard(hosts, launch)
-        return _ready(plan, topology, Meeting(topology.names[0], rendezvous_port(os.environ)), {}, launch)
+        return _ready(plan, topology, Meeting(topology.names[0], rendezvous_port(os.environ)), launch)
     report = examine(hosts, _wanted(plan, topology, port), quick=True)
     used = _used_hosts(plan, topology, report, min_hosts)
     rendezvous = report.rendezvous
@@ -74,8 +72,9 @@ def make_ready(plan: RunPlan, topology: Topology, hosts: Hosts, launch: str, min
         hosts.leave_out(set(topology.names) - set(used.names))
         rendezvous = _meet_again(hosts, used, port)
     _guard(hosts, launch)
-    meeting = Meeting(rendezvous.address, rendezvous.port)
-    return _ready(plan, replace(used, on_cpu=report.on_cpu), meeting, rendezvous.interfaces, launch)
+    used = replace(used, on_cpu=report.on_cpu)
+    own = {host.name: _of_host(plan, host, rendezvous, report) for host in used.hosts}
+    return _ready(plan, used, Meeting(rendezvous.address, rendezvous.port), launch, own)
 
 
 def forwarded(spec: Spec) -> dict[str, str]:
@@ -143,29 +142,34 @@ def _meet_again(hosts: Hosts, topology: Topology, port: int) -> Rendezvous:
     return rendezvous
 
 
+def _of_host(plan: RunPlan, host: Host, rendezvous: Rendezvous, report: Report) -> dict[str, str]:
+    """What only this host's ranks are told: the interface that leads to the others, unless the user has named one, and
+    their GPUs where these are not all. DeepSpeed's launcher sets them too, but knows of no limit of the session."""
+    told = {}
+    if (interface := rendezvous.interfaces.get(host.name)) is not None:
+        told = {name: value for name, value in interface_variables(interface).items() if name not in os.environ}
+    devices = report.facts[host.name].devices(host) if host.name in report.facts else None
+    if devices is not None and plan.launcher != "slurm":  # which chooses them in the shell of each rank
+        told["CUDA_VISIBLE_DEVICES"] = devices
+    return told
+
+
 def _ready(
-    plan: RunPlan, topology: Topology, meeting: Meeting, interfaces: Mapping[str, str], launch: str
+    plan: RunPlan,
+    topology: Topology,
+    meeting: Meeting,
+    launch: str,
+    own: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Readiness:
-    """Everything that the ranks of each host have to be told."""
+    """Everything that the ranks of each host have to be told; `own` is what one host's alone are."""
     common = {} if topology.is_local else forwarded(plan.spec)
     common |= {"DSLLM_LAUNCH": launch, "DSLLM_WORLD_SIZE": str(topology.world_size)}
     if topology.on_cpu:
         common["DS_ACCELERATOR"] = "cpu"
     if plan.launcher not in SETS_MEETING:
         common |= {"MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port)}
-    told = {host.name: {**common, **_of_host(plan, host, interfaces)} for host in topology.hosts}
+    told = {name: {**common, **(own[name] if own else {})} for name in topology.names}
     return Readiness(topology, meeting, told)
-
-
-def _of_host(plan: RunPlan, host: Host, interfaces: Mapping[str, str]) -> dict[str, str]:
-    """What depends on the host: the interface that leads to the others, and GPUs where only some are chosen."""
-    told = {}
-    if host.name in interfaces:
-        named = interface_variables(interfaces[host.name])
-        told = {name: value for name, value in named.items() if name not in os.environ}
-    if host.chosen is not None and plan.launcher not in CHOOSES_GPUS:
-        told["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.slot_ids))
-    return told
 
 
 def _listed(problems: Sequence[str]) -> str:
