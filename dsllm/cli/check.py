@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from dsllm.cli.options import AsJson, Overrides, SpecArgument
+from dsllm.cli.options import AsJson, MasterPort, Overrides, SpecArgument
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -22,12 +22,7 @@ def check(
         Optional[int],  # noqa: UP045 - evaluated at run time, also by Python 3.10
         typer.Option("--num-gpus", min=1, help="Ranks; every GPU of this machine when absent, 2 where there is none."),
     ] = None,
-    master_port: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--master-port", min=1, max=65535, help="Port of rank 0; a free one where it is in use, or absent."
-        ),
-    ] = None,
+    master_port: MasterPort = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from dsllm.cli.options import AsJson, Overrides, one_spec
+from dsllm.cli.options import (
+    AsJson,
+    Exclude,
+    Hostfile,
+    Include,
+    NumGpus,
+    NumNodes,
+    Overrides,
+    RunDir,
+    SpecOption,
+    one_spec,
+)
 
 if TYPE_CHECKING:
     from dsllm.launch.doctor.doctor import Report, Wanted
@@ -45,34 +56,13 @@ def doctor(
             show_default=False,
         ),
     ] = None,
-    spec_option: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--spec", metavar="SPEC", help="The same, as dsllm/train.py has it."),
-    ] = None,
-    num_gpus: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--num-gpus", min=1, help="Ranks on each host; every slot when absent."),
-    ] = None,
-    num_nodes: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--num-nodes", min=1, help="Only the first hosts."),
-    ] = None,
-    hostfile: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--hostfile", metavar="FILE", help="Hosts and their slots; this machine alone when absent."),
-    ] = None,
-    include: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--include", metavar="HOSTS", help="Only these hosts, or slots: worker-1@worker-2:0,2."),
-    ] = None,
-    exclude: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--exclude", metavar="HOSTS", help="All but these hosts, or slots."),
-    ] = None,
-    run_dir: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--run-dir", metavar="DIR", help="Folder of the run; runs/<name> when absent."),
-    ] = None,
+    spec_option: SpecOption = None,
+    num_gpus: NumGpus = None,
+    num_nodes: NumNodes = None,
+    hostfile: Hostfile = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    run_dir: RunDir = None,
     quick: Annotated[bool, typer.Option("--quick", help="Do not measure the links between the hosts.")] = False,
     overrides: Overrides = None,
     as_json: AsJson = False,

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from dsllm.cli.options import Overrides, one_spec
+from dsllm.cli.options import (
+    Exclude,
+    Hostfile,
+    Include,
+    MasterPort,
+    NumGpus,
+    NumNodes,
+    Overrides,
+    RunDir,
+    SpecOption,
+    one_spec,
+)
 
 if TYPE_CHECKING:
     from dsllm.launch.ending import Ending
@@ -27,30 +38,12 @@ def launch(
         Optional[str],  # noqa: UP045
         typer.Argument(metavar="SPEC", help="A spec file, or the name of a preset.", show_default=False),
     ] = None,
-    spec_option: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--spec", metavar="SPEC", help="The same, as dsllm/train.py has it."),
-    ] = None,
-    num_gpus: Annotated[
-        Optional[int],  # noqa: UP045 - evaluated at run time, also by Python 3.10
-        typer.Option("--num-gpus", min=1, help="Ranks on each host; every GPU when absent, 2 where there is none."),
-    ] = None,
-    num_nodes: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--num-nodes", min=1, help="Use only the first hosts."),
-    ] = None,
-    hostfile: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--hostfile", metavar="FILE", help="Hosts and their slots; this machine alone when absent."),
-    ] = None,
-    include: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--include", metavar="HOSTS", help="Only these hosts, or slots: worker-1@worker-2:0,2."),
-    ] = None,
-    exclude: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--exclude", metavar="HOSTS", help="All but these hosts, or slots."),
-    ] = None,
+    spec_option: SpecOption = None,
+    num_gpus: NumGpus = None,
+    num_nodes: NumNodes = None,
+    hostfile: Hostfile = None,
+    include: Include = None,
+    exclude: Exclude = None,
     launcher: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -59,10 +52,7 @@ def launch(
             help="local, pdsh, ssh, slurm, openmpi or torchrun; the one that fits when absent.",
         ),
     ] = None,
-    run_dir: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--run-dir", metavar="DIR", help="Folder of the run; runs/<name> when absent."),
-    ] = None,
+    run_dir: RunDir = None,
     resume: Annotated[
         str, typer.Option(metavar="auto|never|PATH", help="Whether and where to carry on from.")
     ] = "auto",
@@ -78,12 +68,7 @@ def launch(
         typer.Option("--min-hosts", min=1, help="Start with so few hosts where others are not ready; all when absent."),
     ] = None,
     doctor: Annotated[bool, typer.Option(help="Check the hosts first, as dsllm doctor --quick does.")] = True,
-    master_port: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(
-            "--master-port", min=1, max=65535, help="Port of rank 0; a free one where it is in use, or absent."
-        ),
-    ] = None,
+    master_port: MasterPort = None,
     write_sbatch: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(

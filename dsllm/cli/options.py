@@ -25,6 +25,46 @@ Overrides = Annotated[
     ),
 ]
 
+SpecOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--spec", metavar="SPEC", help="The same, as dsllm/train.py has it."),
+]
+
+NumGpus = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--num-gpus", min=1, help="Ranks on each host; every GPU when absent, 2 where there is none."),
+]
+
+NumNodes = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--num-nodes", min=1, help="Use only the first hosts."),
+]
+
+Hostfile = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--hostfile", metavar="FILE", help="Hosts and their slots; this machine alone when absent."),
+]
+
+Include = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--include", metavar="HOSTS", help="Only these hosts, or slots: worker-1@worker-2:0,2."),
+]
+
+Exclude = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--exclude", metavar="HOSTS", help="All but these hosts, or slots."),
+]
+
+RunDir = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--run-dir", metavar="DIR", help="Folder of the run; runs/<name> when absent."),
+]
+
+MasterPort = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--master-port", min=1, max=65535, help="Port of rank 0; a free one where it is in use, or absent."),
+]
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 SkipBadLines = Annotated[
