@@ -152,11 +152,14 @@ def test_a_thousand_hosts_are_planned(capsys: pytest.CaptureFixture[str], tmp_pa
     hostfile = tmp_path / "hosts"
     hostfile.write_text("".join(f"worker-{number:04} slots=8\n" for number in range(1000)))
     sizes = ["--set", "batch.global_batch_size=16000", "--set", "batch.micro_batch_size=2"]
-    lines = dry_run(capsys, "--hostfile", str(hostfile), "--launcher", "ssh", *sizes)
-    assert len(lines) == 2002
-    assert sum("--node_rank=" in line for line in lines) == 1000
-    assert "worker-0999" in lines[999]
-    assert lines[1999] == "worker-0999: ranks 7992 to 7999"
+    command, *lines = dry_run(capsys, "--hostfile", str(hostfile), "--launcher", "pdsh", *sizes)
+    ranks = [line for line in lines if ": ranks " in line]
+    assert f"--hostfile {hostfile} --launcher pdsh" in command
+    assert len(ranks) == 1000
+    assert ranks[-1] == "worker-0999: ranks 7992 to 7999"
+    first, rest, *_ = dry_run(capsys, "--hostfile", str(hostfile), "--launcher", "ssh", *sizes)
+    assert "--node_rank=0" in first
+    assert rest == "… and so on for 999 more hosts, each with its node rank"
     fewer = dry_run(capsys, "--hostfile", str(hostfile), "--num-nodes", "500", "--launcher", "openmpi", *sizes)
     assert "mpirun -np 4000 --host worker-0000:8," in fewer[0]
 
@@ -189,6 +192,17 @@ def test_a_launch_that_cannot_work_is_refused_before_it_starts(
     assert (status, out) == (2, "")
     assert err.startswith(f"dsllm: {message}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("launcher", ["openmpi", "torchrun"])
+def test_in_a_job_of_several_nodes_no_launcher_starts_on_this_one_alone(
+    launcher: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in TWO_NODES.items():
+        monkeypatch.setenv(name, value)
+    status, _, err = run(capsys, "launch", "quickstart", "--launcher", launcher)
+    assert status == 2
+    assert err.startswith(f"dsllm: --launcher: given {launcher} in a Slurm job without a hostfile, which would be this")
 
 
 @pytest.mark.parametrize(

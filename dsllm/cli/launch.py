@@ -148,6 +148,11 @@ def topology_of(
         topology = hosts_topology("the Slurm job", hosts, num_nodes, num_gpus, include, exclude)
         refuse_unlike_gpus(topology.hosts)
         return topology
+    if launcher in ("openmpi", "torchrun") and needs_srun(os.environ):
+        raise UserError(
+            f"--launcher: given {launcher} in a Slurm job without a hostfile, which would be this machine alone; "
+            "dsllm hostfile --from slurm --output hosts, then add --hostfile hosts"
+        )
     for option, given in (("--num-nodes", num_nodes), ("--include", include), ("--exclude", exclude)):
         if given not in (None, 1):
             raise UserError(f"{option}: given {given} without a hostfile; add --hostfile, which names the hosts")

@@ -98,7 +98,10 @@ def _is_worth_another(ending: Ending, step: int, earlier: tuple[Ending, int] | N
     are not ready may be so at the next look."""
     if not ending.is_curable:
         return False
-    return not ending.was_ready or earlier is None or (ending, step) != earlier
+    if not ending.was_ready or earlier is None:
+        return True
+    before, step_before = earlier  # messages may hold figures that differ
+    return (ending.cause, ending.rank, ending.host, step) != (before.cause, before.rank, before.host, step_before)
 
 
 def _note_end(plan: RunPlan, ending: Ending, step: int) -> None:
