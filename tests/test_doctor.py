@@ -355,7 +355,7 @@ def test_a_folder_that_the_launcher_does_not_see_fails_on_the_hosts_that_share_i
     remedy = "start from one of the hosts, mount the folder here, or give a shared one with --run-dir"
     unseen = wrong(judge_launcher(Path("runs/x"), dict.fromkeys("abc", FOLDER), None))
     words = "runs/x is not shared with this machine, where dsllm launch reads how far the run has come"
-    assert unseen == [(host, "folder", "failed", words, remedy) for host in "abc"]
+    assert unseen == [(host, "history", "failed", words, remedy) for host in "abc"]
     seen = dict.fromkeys("abc", replace(FOLDER, seen=(LAUNCHER, *FOLDER.seen)))
     assert judge_launcher(Path("runs/x"), seen, None) == []
     (unwritable,) = wrong(judge_launcher(Path("runs/x"), {"a": FOLDER}, "Read-only file system"))
@@ -389,8 +389,8 @@ def test_room_is_wanted_for_one_checkpoint_more_than_are_kept_and_those_there_co
 
 
 def test_tokens_have_one_manifest_on_all_hosts():
-    assert wrong(judge_data(Path("data/x"), dict.fromkeys("ab", "12345678"))) == []
-    found = wrong(judge_data(Path("data/x"), {"a": "1" * 64, "b": None, "c": "2" * 64}))
+    assert wrong(judge_data(Path("data/x"), dict.fromkeys("ab", "12345678"), "huggingface")) == []
+    found = wrong(judge_data(Path("data/x"), {"a": "1" * 64, "b": None, "c": "2" * 64}, None))
     assert [one[:4] for one in found] == [
         ("b", "data", "failed", "no tokens in data/x"),
         ("c", "data", "failed", "other tokens (22222222, a has 11111111) in data/x"),
@@ -398,7 +398,11 @@ def test_tokens_have_one_manifest_on_all_hosts():
 
 
 def test_tokens_that_are_nowhere_are_a_warning_where_all_hosts_will_see_them():
-    findings = judge_data(Path("data/x"), dict.fromkeys("ab"))
+    remote = wrong(judge_data(Path("data/x"), dict.fromkeys("ab"), "huggingface"))
+    assert [found for _, _, _, found, _ in remote] == [
+        "no tokens in data/x yet, and no run prepares a huggingface source by itself"
+    ] * 2
+    findings = judge_data(Path("data/x"), dict.fromkeys("ab"), None)
     assert {one.outcome for one in findings} == {"warned"}
     assert "rank 0 prepares them at the start" in findings[0].found
     apart = {"a": replace(FOLDER, seen=("a",)), "b": replace(FOLDER, seen=("b",))}

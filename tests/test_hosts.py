@@ -165,17 +165,27 @@ def test_an_agent_that_hangs_does_not_hold_the_launcher_up_at_the_end(tmp_path: 
 
 
 def test_an_agent_that_hangs_is_lost_after_a_while_and_is_not_when_it_answers_again(tmp_path: Path) -> None:
+    """Silence is counted in pings that nobody answers: here the test sends them."""
     with Hosts(["a", "b"], on_this_machine, tmp_path) as asked:
         asked.ask_all("ping")
-        process = asked.agents["a"]._process
-        os.kill(process.pid, signal.SIGSTOP)
-        time.sleep(0.6)
+        hanging = asked.agents["a"]
+        os.kill(hanging._process.pid, signal.SIGSTOP)
+        for _ in range(3):
+            hanging.note()
         assert asked.agents["b"].ask("ping")
-        assert [str(error) for error in asked.lost(silent_seconds=0.5)] == ["a: no answer for 1 s"]
+        assert [str(error) for error in asked.lost(silent_seconds=10)] == ["a: no answer for 10 s"]
         assert asked.lost() == []
-        os.kill(process.pid, signal.SIGCONT)
-        assert asked.agents["a"].ask("ping")
-        assert asked.lost(silent_seconds=0.5) == []
+        os.kill(hanging._process.pid, signal.SIGCONT)
+        assert hanging.ask("ping")
+        assert asked.lost(silent_seconds=10) == []
+
+
+def test_python_that_keeps_its_folder_off_the_path_starts_an_agent_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    with Hosts(["a"], on_this_machine, tmp_path) as asked:
+        assert asked.ask_all("ping") == {"a": True}
 
 
 def test_who_is_left_out_is_gone_and_asked_no_more(three: Hosts) -> None:

@@ -103,7 +103,7 @@ def test_last_words_are_collected_once_and_own_ones_come_first(attempt: Attempt,
 
 def test_a_program_that_is_not_installed_ends_what_was_started_before(attempt: Attempt, launch: str) -> None:
     missing = Start(["no-such-launcher"], host="b")
-    with pytest.raises(UserError, match="no-such-launcher: not installed; pip install 'dsllm"):
+    with pytest.raises(UserError, match="no-such-launcher: not installed; install it "):
         attempt.watch(attempt.start("sleep 600", "a"), missing)
     assert agent.processes_of(launch) == {}
 

@@ -165,7 +165,8 @@ def test_this_machine_among_others_is_one_of_several_hosts(tmp_path: Path) -> No
 
 def test_more_slots_than_this_machine_has_gpus_are_refused(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("localhost slots=8\n")
-    with pytest.raises(UserError, match="--num-gpus: given 8; this machine has 4"):
+    words = "hosts: given slots=8 for localhost; this machine has 4 GPUs; lower them, or add --num-gpus 4"
+    with pytest.raises(UserError, match=words):
         hostfile_topology(str(tmp_path / "hosts"), gpus=4)
 
 

@@ -51,9 +51,7 @@ def check(
             only_checks=True,
         )
         screen = Screen(out=sys.stderr)
-        ending = carry_through(
-            plan, topology, "auto", None, Patience(), say=lambda line: typer.echo(line, err=True), screen=screen
-        )
+        ending = carry_through(plan, topology, "auto", None, Patience(), say=_say, screen=screen)
         results = Path(run_dir) / "checks.json"
         if results.is_file():
             _show(json.loads(results.read_text()), as_json)

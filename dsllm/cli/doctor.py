@@ -36,7 +36,7 @@ COLUMNS = {
     "versions": ("python", "versions", "dsllm", "spec"),
     "GPUs": ("GPUs", "processes"),
     "memory": ("memory", "host memory"),
-    "folder": ("folder", "space", "data"),
+    "folder": ("folder", "history", "space", "data"),
     "clock": ("clock",),
     "port": ("port",),
     "link": ("link",),

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from dsllm.spec.sections import Spec
 
 
-def check_job_options(include: str | None, exclude: str | None, launcher: str | None, resume: str) -> None:
+def check_job_options(
+    include: str | None, exclude: str | None, launcher: str | None, resume: str, min_hosts: int | None, num_nodes: int
+) -> None:
     """Raises UserError for what cannot hold for a script that several jobs run, on hosts that Slurm chooses."""
     from dsllm.errors import UserError
 
@@ -23,6 +25,8 @@ def check_job_options(include: str | None, exclude: str | None, launcher: str | 
         raise UserError(
             f"--write-sbatch: given with --launcher {launcher}; srun starts the ranks of a job: leave it out"
         )
+    if min_hosts is not None and min_hosts > num_nodes:
+        raise UserError(f"--min-hosts: given {min_hosts}; the job has {num_nodes}; must be as many or fewer")
     if resume == "never":
         raise UserError(
             "--write-sbatch: given with --resume never, which every job but the first would refuse; leave it out: a "

@@ -67,7 +67,7 @@ def launch(
         Optional[int],  # noqa: UP045
         typer.Option("--min-hosts", min=1, help="Start with so few hosts where others are not ready; all when absent."),
     ] = None,
-    doctor: Annotated[bool, typer.Option(help="Check the hosts first, as dsllm doctor --quick does.")] = True,
+    doctor: Annotated[bool, typer.Option(help="Refuse to start where dsllm doctor --quick would.")] = True,
     master_port: MasterPort = None,
     write_sbatch: Annotated[
         Optional[str],  # noqa: UP045
@@ -99,7 +99,7 @@ def launch(
     if write_sbatch is not None:
         from dsllm.cli.job_script import check_job_options, write_job_script
 
-        check_job_options(include, exclude, launcher, resume)
+        check_job_options(include, exclude, launcher, resume, min_hosts, num_nodes or 1)
         in_job = train_arguments(spec, run_dir, resume, overrides or [], stop_after)
         in_job += _given(max_restarts, min_hosts, doctor, master_port)
         file, options = Path(write_sbatch), sbatch or []
@@ -123,7 +123,8 @@ def launch(
         return
     patience = Patience(max_restarts, min_hosts)
     ending = carry_through(plan, topology, resume, stop_after_seconds, patience, say=_say)
-    conclude(ending)
+    command = "the same command" if resume == "auto" else "the same command without --resume"
+    conclude(ending, goes_on=f"{command} goes on from the last checkpoint")
 
 
 def topology_of(
@@ -185,8 +186,9 @@ def _show_dry_run(plan: RunPlan, topology: Topology, resume: str, stop_after: st
     typer.echo("address and port are settled, and GPUs looked for, when the hosts are asked")
 
 
-def conclude(ending: Ending) -> None:
-    """The exit status; and what ended the run, unless rank 0 has said it on screen."""
+def conclude(ending: Ending, goes_on: str | None = None) -> None:
+    """The exit status; and what ended the run, unless rank 0 has said it on screen. `goes_on` says what another start
+    would do, if anything."""
     from dsllm.errors import DsllmError, UserError
 
     if ending.is_good:
@@ -195,7 +197,8 @@ def conclude(ending: Ending) -> None:
         raise typer.Exit(ending.exit_status)
     where = f" on {ending.host}" if ending.host else ""
     kind = UserError if ending.cause == "user_error" else DsllmError
-    raise kind(f"ended by {ending.cause}{where}: {ending.message}; the same command goes on from the last checkpoint")
+    advice = f"; {goes_on}" if goes_on and kind is DsllmError else ""
+    raise kind(f"ended by {ending.cause}{where}: {ending.message}{advice}")
 
 
 def _is_on_screen(ending: Ending) -> bool:

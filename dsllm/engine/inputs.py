@@ -19,6 +19,7 @@ from dsllm.engine import ranks
 from dsllm.engine.run_folder import RunFolder
 from dsllm.errors import UserError
 from dsllm.plan.batch import BatchPlan
+from dsllm.spec.derived import remote_kind
 from dsllm.spec.sections import Spec
 from dsllm.units import format_text_bytes
 
@@ -102,8 +103,7 @@ def open_validation(
 
 def _refuse_long_preparation(spec: Spec, directory: Path) -> None:
     """UserError for text that comes over the network, or is long; DataError for text that is not there."""
-    kinds = [source.kind for source in spec.data.sources + spec.data.validation_sources]
-    remote = next((kind for kind in kinds if kind in ("huggingface", "deeplake")), None)
+    remote = remote_kind(spec.data)
     text_bytes = 0 if remote else _text_bytes(spec)
     if remote or text_bytes > PREPARED_AT_START_BYTES:
         what = f"a {remote} source" if remote else f"about {format_text_bytes(text_bytes)} of text"

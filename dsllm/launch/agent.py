@@ -27,8 +27,10 @@ from collections.abc import Callable
 from typing import Any
 
 SILENT_SECONDS = 90.0
-"""The launcher writes every five seconds: this is a way that is gone, or a launcher that is. What is shorter, such as a
-laptop that changes networks, costs no run."""
+"""The launcher writes every five seconds: this is a way that is gone, or a launcher that is. It gives a host up sooner
+itself (`hosts.LOST_SECONDS`)."""
+LOOK_SECONDS = 5.0
+"""Silence is counted in looks, not by the clock: a job that was suspended as a whole goes on as if nothing had been."""
 KILL_SECONDS = 6.0
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the IPv4 address of an interface
@@ -55,9 +57,12 @@ def serve() -> None:
 
 def read_requests() -> None:
     """Answer each line, until there are no more."""
-    rest = b""
-    while select.select([0], [], [], SILENT_SECONDS)[0]:
-        piece = os.read(0, 1 << 16)
+    rest, silent_seconds = b"", 0.0
+    while silent_seconds < SILENT_SECONDS:
+        if not select.select([0], [], [], LOOK_SECONDS)[0]:
+            silent_seconds += LOOK_SECONDS
+            continue
+        piece, silent_seconds = os.read(0, 1 << 16), 0.0
         if not piece:
             return
         *lines, rest = (rest + piece).split(b"\n")

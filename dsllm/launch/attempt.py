@@ -46,7 +46,8 @@ def attempt(
     min_hosts: int | None = None,
     screen: Screen | None = None,
 ) -> Outcome:
-    """Start the ranks and wait for their end; `announce` is told the commands that start them.
+    """Start the ranks and wait for their end; `announce` is told which hosts are left out and why, and the
+    commands that start them.
 
     Of the hosts that are not ready, all but `min_hosts` may be left out; none when it is None.
 
@@ -64,6 +65,8 @@ def attempt(
         if plan.only_checks:
             arguments.append("--check")
         planned = starts(plan.launcher, used, ready.meeting, arguments, Path.cwd())
+        for line in ready.left_out:
+            announce(line)
         for start in planned:
             announce(start.as_typed())
         _note_launch(plan, used)

@@ -29,16 +29,16 @@ FIRST_ANSWER_SECONDS = 60.0
 """The way to a host, and Python from a file system that many hosts read at once."""
 SILENT_SECONDS = 15.0
 """Without an answer to a ping: the host may be gone, or the way to it slow."""
-LOST_SECONDS = 60.0
+LOST_SECONDS = 45.0
 """Without an answer: it is gone."""
 SSH_OPTIONS = (
     *("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"),
-    # a host that is cut off is known as lost within a minute, not at the end of TCP's patience
+    # ends what leads to a host that is cut off, which is known as lost by then, not at the end of TCP's patience
     *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=3"),
 )
 SOURCE = Path(__file__).with_name("agent.py")
 BOOTSTRAP = (
-    'import os, sys; sys.path.remove(""); s = b""; '
+    'import os, sys; sys.path[:] = filter(None, sys.path); s = b""; '
     'exec("while len(s) < {size}: s += os.read(0, {size} - len(s))"); exec(compile(s, "agent", "exec"))'
 )
 """Reads the agent from its input, not by sys.stdin, which would read ahead; no file of the run's folder is a module to
@@ -103,7 +103,7 @@ class Agent:
         self._writing = threading.Lock()
         self._asked: dict[int, Queue[dict[str, Any] | None]] = {}
         self._number = 0
-        self._heard = time.monotonic()
+        self._unanswered_pings = 0
         self._has_answered = False
         self._has_ended = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
@@ -116,8 +116,9 @@ class Agent:
 
     @property
     def silent_seconds(self) -> float:
-        """Since it last answered, a ping for example."""
-        return time.monotonic() - self._heard
+        """Without an answer to a ping; counted in pings, not by the clock, so that a launch that was suspended goes on
+        as if nothing had been."""
+        return PING_SECONDS * max(0, self._unanswered_pings - 1)
 
     def ask(self, do: str, seconds: float = ANSWER_SECONDS, **arguments: Any) -> Any:
         """What the agent's function `do` returns there. Raises HostError after `seconds`, or after a minute before
@@ -155,7 +156,8 @@ class Agent:
         return HostError(self.host, lines[-1].strip().rstrip(".") if lines else silent, status)
 
     def note(self) -> None:
-        """Let it know that the launcher is there."""
+        """Let it know that the launcher is there, and ask whether it is."""
+        self._unanswered_pings += 1
         self._write(b'{"id": 0, "do": "ping"}\n')
 
     def close(self) -> None:
@@ -187,7 +189,7 @@ class Agent:
         for line in self._process.stdout:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a login script may print
                 answer = json.loads(line)
-                self._heard, self._has_answered = time.monotonic(), True
+                self._unanswered_pings, self._has_answered = 0, True
                 self._asked[answer["id"]].put(answer)
         self._process.wait()
         self._has_ended.set()
@@ -252,7 +254,7 @@ class Hosts:
         return [
             agent.why_lost()
             for agent in list(self.agents.values())
-            if agent.is_lost or agent.silent_seconds > silent_seconds
+            if agent.is_lost or agent.silent_seconds >= silent_seconds
         ]
 
     def close(self, seconds: float = 15.0) -> None:
@@ -260,9 +262,10 @@ class Hosts:
         self._closed.set()
         for agent in self.agents.values():
             agent.close()
+        silent = {error.host for error in self.lost(SILENT_SECONDS)}
         deadline = time.monotonic() + seconds
-        for agent in self.agents.values():
-            agent.wait(max(0.1, deadline - time.monotonic()))
+        for name, agent in self.agents.items():
+            agent.wait(0.1 if name in silent else max(0.1, deadline - time.monotonic()))
 
     def _ping(self) -> None:
         """A thread's work: agents that hear nothing end the ranks of their host."""

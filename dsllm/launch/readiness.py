@@ -37,6 +37,8 @@ class Readiness:
     meeting: Meeting
     variables: dict[str, dict[str, str]]
     """What each host tells its ranks."""
+    left_out: tuple[str, ...] = ()
+    """Hosts that are not used, each with the reason, in a line."""
 
 
 def open_hosts(plan: RunPlan, topology: Topology) -> Hosts:
@@ -72,9 +74,11 @@ def make_ready(plan: RunPlan, topology: Topology, hosts: Hosts, launch: str, min
         hosts.leave_out(set(topology.names) - set(used.names))
         rendezvous = _meet_again(hosts, used, port)
     _guard(hosts, launch)
+    left_out = _left_out(plan, topology, used, report)
     used = replace(used, on_cpu=report.on_cpu)
     own = {host.name: _of_host(plan, host, rendezvous, report) for host in used.hosts}
-    return _ready(plan, used, Meeting(rendezvous.address, rendezvous.port), launch, own)
+    ready = _ready(plan, used, Meeting(rendezvous.address, rendezvous.port), launch, own)
+    return replace(ready, left_out=left_out)
 
 
 def forwarded(spec: Spec) -> dict[str, str]:
@@ -123,6 +127,14 @@ def _used_hosts(plan: RunPlan, topology: Topology, report: Report, min_hosts: in
     why = found or "the global batch does not divide over any number of hosts from there on"
     left = "" if min_hosts is None else f"{len(ready)} hosts are ready, --min-hosts {min_hosts}: "
     raise DsllmError(f"{left}{why}; dsllm doctor says more, --no-doctor starts all the same where that is possible")
+
+
+def _left_out(plan: RunPlan, topology: Topology, used: Topology, report: Report) -> tuple[str, ...]:
+    bad = report.against(plan.asks_doctor)
+    reasons = {name: f"{findings[0].found}; {findings[0].remedy}" for name, findings in bad.items()}
+    unused = [name for name in topology.names if name not in used.names]
+    not_divided = "the global batch does not divide over it too"
+    return tuple(f"{name}: left out: {reasons.get(name, not_divided)}" for name in unused)
 
 
 def _divides(plan: RunPlan, world_size: int) -> bool:

@@ -120,8 +120,7 @@ def in_allocation_order(hosts: Sequence[Host], environment: Mapping[str, str]) -
     for host in hosts:
         if host.name not in place:
             raise UserError(
-                f"host '{host.name}': not one of this Slurm job's, which are {listed}; "
-                "name hosts as Slurm does, or leave --hostfile out"
+                f"host '{host.name}': not one of this Slurm job's, which are {listed}; name hosts as Slurm does"
             )
     return sorted(hosts, key=lambda host: place[host.name])
 

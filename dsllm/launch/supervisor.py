@@ -129,7 +129,8 @@ class _Attempt:
             )
         except FileNotFoundError:
             raise UserError(
-                f"{start.command[0]}: not installed; pip install 'dsllm[train]' brings DeepSpeed's launcher"
+                f"{start.command[0]}: not installed; install it (deepspeed by pip install 'dsllm[train]'), or choose "
+                "another --launcher"
             ) from None
         if is_relayed:
             self._relay(process, start.host)
@@ -235,8 +236,10 @@ class _Attempt:
         return sorted(words.values(), key=lambda word: (not word["is_own"], word["time"]))
 
     def _sweep(self) -> tuple[dict[str, list[str]], list[HostError]]:
-        answers = self._hosts.ask_all("sweep", SWEEP_SECONDS, launch=self._launch)
-        failed = [answer for answer in answers.values() if isinstance(answer, HostError)]
+        silent = {error.host: error for error in self._hosts.lost(SILENT_SECONDS)}
+        each: dict[str, dict[str, Any]] = {name: {} for name in self._hosts.agents if name not in silent}
+        answers = self._hosts.ask_all("sweep", SWEEP_SECONDS, each, launch=self._launch)
+        failed = [*silent.values(), *(answer for answer in answers.values() if isinstance(answer, HostError))]
         left = {name: answer for name, answer in answers.items() if answer and not isinstance(answer, HostError)}
         return left, failed
 

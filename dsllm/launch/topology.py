@@ -121,6 +121,11 @@ def hostfile_topology(
     topology = hosts_topology(hostfile, listed, num_nodes, num_gpus, include, exclude)
     (first, *others) = topology.hosts
     if not others and is_this_machine(first.name):  # which needs no ssh to itself
+        if 0 < gpus < first.slots:
+            raise UserError(
+                f"{hostfile}: given slots={first.slots} for {first.name}; this machine has {gpus} GPUs; lower them, or "
+                f"add --num-gpus {gpus}"
+            )
         local = local_topology(first.slots, gpus)
         return local if first.chosen is None or local.on_cpu else replace(local, devices=_devices(first.chosen))
     return replace(topology, hostfile=hostfile, listed=tuple(listed))

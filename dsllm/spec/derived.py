@@ -13,6 +13,16 @@ PRETRAINED_VOCAB_SIZES = {"gpt2": 50257}
 """Token counts of well-known pretrained tokenizers, so that predictions need no download."""
 
 
+REMOTE_KINDS = ("huggingface", "deeplake")
+"""Kinds of source that may come over the network: no run prepares them by itself."""
+
+
+def remote_kind(data: Data) -> str | None:
+    """The first kind of source that the data has and that no run prepares by itself."""
+    sources = (*data.sources, *data.validation_sources)
+    return next((source.kind for source in sources if source.kind in REMOTE_KINDS), None)
+
+
 def tokenizer_vocab_size(tokenizer: Tokenizer) -> int | None:
     """Tokens of the tokenizer; None for a pretrained one whose size only its files tell."""
     if tokenizer.kind == "pretrained":

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dsllm.launch import agent
 from tests.cluster.host import Host
 from tests.cluster.isolation import HostProcess, Process, wait_until
 from tests.cluster.namespaces import Cluster
@@ -73,7 +74,8 @@ def hosts(pair: Cluster) -> Iterator[Cluster]:
     """The pair, on which nothing may be left behind."""
     yield pair
     with contextlib.suppress(AssertionError):
-        wait_until(lambda: not pair.processes(), "nothing is left behind")
+        # the agent of a host that was cut off hears nothing for so long before it ends
+        wait_until(lambda: not pair.processes(), "nothing is left behind", agent.SILENT_SECONDS + 10)
     left = pair.processes()
     pair.end_processes()
     assert left == {}

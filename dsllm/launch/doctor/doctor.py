@@ -28,15 +28,16 @@ from dsllm.launch.hosts import ANSWER_SECONDS, Agent, HostError, Hosts, on_this_
 from dsllm.launch.launchers import TRAIN_SCRIPT
 from dsllm.launch.topology import is_this_machine
 from dsllm.plan.hardware import CPU
-from dsllm.spec.derived import data_directory
+from dsllm.spec.derived import data_directory, remote_kind
 from dsllm.spec.sections import Spec
 
 TOKENS_LOOKED_FOR = 32
 """Hosts whose files each host looks for: enough to know which folder it sees."""
 MEETING: tuple[Check, ...] = ("python", "versions", "dsllm", "port")
 """What has to be right for ranks to meet."""
-REACHING: tuple[Check, ...] = ("reach", "port")
-"""What counts even where the doctor is not asked: without it no rank starts, or none meets another."""
+REACHING: tuple[Check, ...] = ("reach", "port", "history")
+"""What counts even where the doctor is not asked: without it no rank starts, none meets another, or the launch cannot
+know how the run ended."""
 FACTS_SECONDS = 2 * host_side.SMI_SECONDS + ANSWER_SECONDS
 """nvidia-smi is asked twice, and the rest is done at once."""
 
@@ -232,7 +233,7 @@ def _look_at_folders(ward: Ward, needs: Needs | None) -> None:
         return
     data = Path(data_directory(ward.wanted.spec))
     manifests = ward.ask("data", "manifest", folder=str(data))
-    ward.findings += judge_data(data, manifests)
+    ward.findings += judge_data(data, manifests, remote_kind(ward.wanted.spec.data))
     if len(ward.names) > 1 and not any(manifests.values()):
         ward.findings += judge_unprepared(data, _look_at_folder(ward, data))
 

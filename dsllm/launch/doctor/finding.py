@@ -19,6 +19,7 @@ Check = Literal[
     "memory",
     "host memory",
     "folder",
+    "history",
     "space",
     "data",
     "clock",

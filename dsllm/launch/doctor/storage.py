@@ -39,10 +39,10 @@ def judge_launcher(folder: Path, found: Mapping[str, FolderFacts], error: str | 
     remedy = "start from one of the hosts, mount the folder here, or give a shared one with --run-dir"
     if error is not None:
         words = f"{folder} cannot be written here, where dsllm launch keeps the run's history: {error}"
-        return [Finding(host, "folder", "failed", words, remedy) for host in _shared(found)]
+        return [Finding(host, "history", "failed", words, remedy) for host in _shared(found)]
     words = f"{folder} is not shared with this machine, where dsllm launch reads how far the run has come"
     unseen = [host for host in _shared(found) if LAUNCHER not in found[host].seen]
-    return [Finding(host, "folder", "failed", words, remedy) for host in unseen]
+    return [Finding(host, "history", "failed", words, remedy) for host in unseen]
 
 
 def _shared(found: Mapping[str, FolderFacts]) -> list[str]:
@@ -83,9 +83,13 @@ def _space(host: str, folder: Path, one: FolderFacts, needs: Needs | None) -> Fi
     return Finding(host, "space", "passed", f"{free}, forecast {format_bytes(needed_bytes)}")
 
 
-def judge_data(folder: Path, manifests: Mapping[str, str | None]) -> list[Finding]:
-    """Of the tokens' manifest on every host, by its hash."""
+def judge_data(folder: Path, manifests: Mapping[str, str | None], remote_kind: str | None) -> list[Finding]:
+    """Of the tokens' manifest on every host, by its hash. `remote_kind` is a kind of source that the spec has and that
+    no run prepares by itself."""
     there = {host: digest for host, digest in manifests.items() if digest is not None}
+    if not there and remote_kind is not None:
+        found = f"no tokens in {folder} yet, and no run prepares a {remote_kind} source by itself"
+        return [Finding(host, "data", "failed", found, "dsllm data prepare, with this spec") for host in manifests]
     if not there:
         found = f"no tokens in {folder} yet; rank 0 prepares them at the start"
         return [Finding(host, "data", "warned", found, "dsllm data prepare does it before") for host in manifests]
