@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -405,6 +406,16 @@ def test_what_nobody_has_said_on_screen_is_said(ending: Ending, kind: type[Dsllm
 
 
 # --- a launcher of the test in DeepSpeed's place ---------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_heard() -> Iterator[None]:
+    """Whoever runs the tests in the background, or under nohup, has them ignored, and so would what a test starts."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
