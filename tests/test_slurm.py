@@ -6,17 +6,12 @@ import os
 import signal
 import socket
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from dsllm.errors import UserError
 from dsllm.launch.hostfile import Host
-from dsllm.launch.launchers import Launcher
-from dsllm.launch.readiness import _of_host
-from dsllm.launch.run_plan import RunPlan
 from dsllm.launch.slurm import in_allocation_order, needs_srun, refuse_unlike_gpus, srun_command, srun_one
-from dsllm.spec.load import load_spec
 
 
 def test_every_rank_is_a_task_and_hosts_are_filled_in_order() -> None:
@@ -81,16 +76,6 @@ def test_chosen_gpus_are_those_of_the_list_that_slurm_sets_in_a_task(set_by_slur
         environment["CUDA_VISIBLE_DEVICES"] = set_by_slurm
     ran = subprocess.run(command[command.index("sh") :], env=environment, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, f"{seen}\n")
-
-
-@pytest.mark.parametrize(
-    ("launcher", "told"), [("slurm", None), ("ssh", None), ("openmpi", "1,3"), ("torchrun", "1,3")]
-)
-def test_chosen_gpus_are_told_only_where_the_launcher_does_not_select_them(
-    launcher: Launcher, told: str | None
-) -> None:
-    plan = RunPlan("quickstart", load_spec("quickstart"), Path("run"), launcher=launcher)
-    assert _of_host(plan, Host("a", 2, (1, 3)), {}).get("CUDA_VISIBLE_DEVICES") == told
 
 
 def test_gpus_that_differ_from_host_to_host_are_refused() -> None:

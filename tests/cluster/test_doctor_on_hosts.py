@@ -228,7 +228,7 @@ def test_a_run_folder_that_is_not_shared_is_named(examine, b, run_dir):
 def test_a_run_folder_that_the_launcher_does_not_see_is_named(examine, b, run_dir, tmp_path):
     assert examine("--include", "host-b").returncode == 0
     with b.hide(run_dir):
-        words = finding(examine("--include", "host-b"), "folder")
+        words = finding(examine("--include", "host-b"), "history")
     assert words == (
         f"{run_dir} is not shared with this machine, where dsllm launch reads how far the run has come\n"
         "    -> start from one of the hosts, mount the folder here, or give a shared one with --run-dir"

@@ -153,7 +153,8 @@ def test_a_process_is_seen_on_its_own_host_alone_and_can_be_stopped_and_killed(
     assert "987" in b.run(every_command).stdout
     assert "987" not in a.run(every_command).stdout
     with b.stop(seen.pid):
-        assert b.run(["cut", "-d ", "-f3", f"/proc/{seen.pid}/stat"]).stdout == "T\n"
+        state = ["cut", "-d ", "-f3", f"/proc/{seen.pid}/stat"]
+        wait_until(lambda: b.run(state).stdout == "T\n", "sleep is stopped")
     b.kill(seen.pid)
     assert process.wait(5) == -signal.SIGKILL
     assert pair.processes() == {}
