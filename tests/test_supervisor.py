@@ -208,16 +208,22 @@ def test_where_no_rank_runs_yet_a_signal_to_stop_ends_the_attempt(attempt: Attem
     assert signs.asked_by == "SIGTERM"
 
 
-def test_where_no_agent_sees_the_ranks_their_launcher_hands_the_request_on(attempt: Attempt) -> None:
+@pytest.mark.parametrize(
+    ("sent", "handed_on", "asked_by"),
+    [(signal.SIGTERM, signal.SIGUSR2, "SIGTERM"), (signal.SIGUSR1, signal.SIGUSR1, None)],
+)
+def test_where_no_agent_sees_the_ranks_their_launcher_hands_the_request_on(
+    attempt: Attempt, sent: signal.Signals, handed_on: signal.Signals, asked_by: str | None
+) -> None:
     """As srun does, where Slurm alone is asked: SIGUSR2 stands for every other signal to stop."""
     srun = (
         "import signal, time\n"
         "def stop(*_): print('handed on', flush=True); raise SystemExit\n"
-        "signal.signal(signal.SIGUSR2, stop)\n"
-        "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2}); print('ready', flush=True); time.sleep(600)"
+        f"signal.signal({int(handed_on)}, stop)\n"
+        f"signal.pthread_sigmask(signal.SIG_UNBLOCK, {{{int(handed_on)}}}); print('ready', flush=True); time.sleep(60)"
     )
-    send_when_ready(attempt, signal.SIGTERM)
+    send_when_ready(attempt, sent)
     start = Start([sys.executable, "-c", srun], {"DSLLM_LAUNCH": attempt.launch}, host="a", hands_signals_on=True)
     signs, _, _ = attempt.watch(start)
-    assert (signs.asked_by, signs.statuses) == ("SIGTERM", [0])
+    assert (signs.asked_by, signs.statuses) == (asked_by, [0])
     assert "handed on" in attempt.out.getvalue()

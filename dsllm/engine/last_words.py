@@ -16,9 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dsllm.errors import Cause, DsllmError
-
-LAUNCH = "DSLLM_LAUNCH"
-"""The number of this launch, which is another one for every attempt; set by `dsllm launch` alone."""
+from dsllm.launch.environment import LAUNCH
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _CONNECTION = {errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ETIMEDOUT}

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from dsllm.engine import last_words
+from dsllm.launch.environment import LAUNCH
 
 
 def log_file(logs: Path, rank: int) -> Path:
@@ -19,7 +20,7 @@ def log_file(logs: Path, rank: int) -> Path:
 
 def goes_to_log(rank: int) -> bool:
     """Whether this rank is one that `dsllm launch` has started, and not the one on the screen."""
-    return rank != 0 and last_words.LAUNCH in os.environ
+    return rank != 0 and LAUNCH in os.environ
 
 
 def begin(logs: Path, rank: int) -> None:

@@ -24,6 +24,7 @@ from dsllm.engine.peers import SILENT_SECONDS, Peer
 from dsllm.engine.rank_output import log_file
 from dsllm.engine.reports import Finding, Report, find_hang
 from dsllm.errors import DsllmError, TrainingError
+from dsllm.launch.ending import GOES_ON
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class Watchdog(threading.Thread):
         if verdict.by_rank == self._rank or is_known_to_all:
             return None
         return TrainingError(
-            f"{verdict.finding.reason}; the same command goes on from the last checkpoint",
+            verdict.finding.reason + GOES_ON,
             cause=verdict.finding.cause,
             is_own=self._rank in verdict.finding.ranks,
         )
@@ -170,7 +171,7 @@ class Watchdog(threading.Thread):
             peer.kill_if_silent()
         is_first = verdict.by_rank == self._rank
         cause, reason, about = verdict.finding
-        message = f"{reason}; the same command goes on from the last checkpoint"
+        message = reason + GOES_ON
         last_words.write(self._logs, self._rank, cause, EXIT_STATUS, message, is_own=self._rank in about)
         logger.critical("%s", message, extra={"on_screen": is_first or self._rank == 0})
         self._leave()

@@ -14,6 +14,7 @@ CURABLE = frozenset({"lost_host", "lost_rank", "communication", "hang", "fault"}
 """What may not come again. The other causes would: memory that is too small, numbers that are not finite on the same
 samples, a full disk, a user's mistake."""
 GOES_ON = "; the same command goes on from the last checkpoint"
+"""What a rank's verdict on another one ends with."""
 SHELLS_SIGNALS = 128
 """A shell tells of a signal as 128 plus its number; DeepSpeed's launcher exits with minus the number, modulo 256."""
 

@@ -19,6 +19,9 @@ from pathlib import Path
 
 from dsllm.errors import UserError
 
+LAUNCH = "DSLLM_LAUNCH"
+"""The number of this launch, which is another one for every attempt; set by `dsllm launch` alone."""
+
 DEFAULT_PATTERNS = (
     "WANDB_*",
     "HF_*",
@@ -56,7 +59,7 @@ NEVER = (
     "PMIX_*",
     "MPI_LOCAL*",
     "MV2_COMM_*",
-    "DSLLM_LAUNCH",
+    LAUNCH,
     "DSLLM_ENVIRONMENT_*",
     # devices are chosen on each host
     "CUDA_VISIBLE_DEVICES",

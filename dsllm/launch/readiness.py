@@ -11,6 +11,7 @@ from dsllm.errors import DsllmError, UserError
 from dsllm.launch import environment
 from dsllm.launch.doctor.doctor import Report, Wanted, examine
 from dsllm.launch.doctor.rendezvous import PREFERRED_PORT, Rendezvous, find_rendezvous, interface_variables
+from dsllm.launch.expectations import EXPECTED
 from dsllm.launch.hostfile import Host
 from dsllm.launch.hosts import HostError, Hosts, on_this_machine
 from dsllm.launch.launchers import Launcher, Meeting, way_to_hosts
@@ -175,7 +176,7 @@ def _ready(
 ) -> Readiness:
     """Everything that the ranks of each host have to be told; `own` is what one host's alone are."""
     common = {} if topology.is_local else forwarded(plan.spec)
-    common |= {"DSLLM_LAUNCH": launch, "DSLLM_WORLD_SIZE": str(topology.world_size)}
+    common |= {environment.LAUNCH: launch, EXPECTED: str(topology.world_size)}
     if topology.on_cpu:
         common["DS_ACCELERATOR"] = "cpu"
     if plan.launcher not in SETS_MEETING:

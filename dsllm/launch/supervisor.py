@@ -167,11 +167,13 @@ class _Attempt:
         for received in self._requests.take():
             number = signal.SIGTERM if received == signal.SIGHUP else received
             counts = self._hosts.ask_all("send_signal", launch=self._launch, number=int(number)).values()
-            if received in STOP_SIGNALS and all(count == 0 for count in counts):
-                self._ends_now = not self._passes_on(signal.SIGUSR2)
+            if all(count == 0 for count in counts):
+                is_stop = received in STOP_SIGNALS
+                was_passed_on = self._passes_on(signal.SIGUSR2 if is_stop else received)
+                self._ends_now = self._ends_now or (is_stop and not was_passed_on)
 
     def _passes_on(self, number: signal.Signals) -> bool:
-        """Ranks that no agent of ours sees, because Slurm alone is asked: srun hands them this signal, and no other."""
+        """To ranks that no agent of ours sees, because Slurm alone is asked: srun hands on SIGUSR1 and SIGUSR2."""
         handing_on = [process for start, process in self._started if start.hands_signals_on and process.poll() is None]
         for process in handing_on:
             process.send_signal(number)
