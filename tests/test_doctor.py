@@ -6,36 +6,25 @@ tests/cluster/test_doctor_on_hosts.py.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsllm.cli.doctor import _selected
-from dsllm.data.shards import MANIFEST_FILE, file_sha256
-from dsllm.engine.links import rounds
-from dsllm.launch.doctor import host_side
-from dsllm.launch.doctor.doctor import Report, Wanted, examine
-from dsllm.launch.doctor.facts import LAUNCHER, Facts, FolderFacts, GpuFacts, GpuProcess, Links, Pair
+from dsllm.launch.doctor.doctor import Report
+from dsllm.launch.doctor.facts import LAUNCHER, Facts, FolderFacts, GpuFacts, GpuProcess
 from dsllm.launch.doctor.finding import Finding, listed
-from dsllm.launch.doctor.link import judge_links
 from dsllm.launch.doctor.machine import Offset, judge_clocks, judge_machines
-from dsllm.launch.doctor.measure import _ranks
-from dsllm.launch.doctor.mesh import _blame
-from dsllm.launch.doctor.needs import Needs, predict
+from dsllm.launch.doctor.needs import Needs
 from dsllm.launch.doctor.reach import unreachable
-from dsllm.launch.doctor.rendezvous import Rendezvous, _judge, find_rendezvous, interface_variables
-from dsllm.launch.doctor.software import PACKAGES, judge_software
+from dsllm.launch.doctor.software import judge_software
 from dsllm.launch.doctor.storage import judge_data, judge_folder, judge_launcher, judge_unprepared
 from dsllm.launch.hostfile import Host
-from dsllm.launch.hosts import ANSWER_SECONDS, HostError, Hosts, on_this_machine
-from dsllm.launch.launchers import TRAIN_SCRIPT
+from dsllm.launch.hosts import HostError
 from dsllm.launch.topology import local_topology
-from dsllm.spec.load import load_spec
 from dsllm.units import GIB
 
 A100 = GpuFacts(0, "NVIDIA A100-SXM4-80GB", 80 * GIB, 79 * GIB)
@@ -407,258 +396,6 @@ def test_tokens_that_are_nowhere_are_a_warning_where_all_hosts_will_see_them():
     assert "rank 0 prepares them at the start" in findings[0].found
     apart = {"a": replace(FOLDER, seen=("a",)), "b": replace(FOLDER, seen=("b",))}
     assert [one[:3] for one in wrong(judge_unprepared(Path("data/x"), apart))] == [("b", "data", "failed")]
-
-
-# The network
-
-
-def links(*pairs: tuple[str, str, float, float]) -> Links:
-    return Links("gloo", 1e-4, 1e9, tuple(Pair(*pair) for pair in pairs), len(pairs))
-
-
-def slow_hosts(found: Links) -> list[str]:
-    hosts = sorted({host for pair in found.pairs for host in (pair.first, pair.second)})
-    return [one[0] for one in wrong(judge_links(found, hosts, dict.fromkeys(hosts, "eth0")))]
-
-
-def test_the_host_that_all_slow_pairs_share_is_to_blame():
-    found = links(
-        ("a", "b", 1e-4, 9e9),
-        ("a", "c", 1e-4, 1e9),
-        ("b", "c", 1e-4, 1e9),
-        ("a", "d", 1e-4, 9e9),
-        ("b", "d", 1e-4, 9e9),
-        ("c", "d", 1e-4, 8e8),
-    )
-    assert slow_hosts(found) == ["c"]
-    (finding,) = wrong(judge_links(found, list("abcd"), {"c": "eth7"}))
-    assert finding[3] == "c - d: 800.0 MB/s, 0.10 ms; the median pair has 5.0 GB/s (3 pairs of it are slow)"
-    assert "see the interface there (eth7) with ethtool" in finding[4]
-
-
-def test_of_two_hosts_both_are_named_below_the_floors():
-    assert slow_hosts(links(("a", "b", 1e-4, 99e6))) == ["a", "b"]
-    assert slow_hosts(links(("a", "b", 11e-3, 1e9))) == ["a", "b"]
-    assert slow_hosts(links(("a", "b", 9e-3, 101e6))) == []
-
-
-@pytest.mark.parametrize("size", range(2, 12))
-def test_a_tournament_has_every_pair_once_and_nobody_twice_in_a_round(size):
-    played = list(rounds(size))
-    assert len(played) == size - 1 + size % 2
-    assert all(len({rank for game in games for rank in game}) == 2 * len(games) for games in played)
-    assert sorted(game for games in played for game in games) == [
-        (i, j) for i in range(size) for j in range(i + 1, size)
-    ]
-
-
-def reached(interface: str = "eth0", address: str = "10.0.0.2", peer: str = "10.0.0.1") -> dict[str, Any]:
-    return {"error": None, "interface": interface, "address": address, "peer": peer}
-
-
-def test_a_name_that_is_local_on_the_first_host_gives_way_to_its_address():
-    """Debian's installer writes 127.0.1.1 for the own name into /etc/hosts."""
-    tried = {
-        "a": {"a": reached("lo", "127.0.1.1", "127.0.1.1"), "b": reached()},
-        "172.17.0.1": {"a": reached("docker0"), "b": {"error": "Connection refused"}},
-        "10.0.0.1": {"a": reached(address="10.0.0.1"), "b": reached()},
-    }
-    rendezvous, findings = _judge("a", 29500, tried)
-    assert rendezvous is not None
-    assert (rendezvous.address, rendezvous.port) == ("10.0.0.1", 29500)
-    assert rendezvous.interfaces == {"a": "eth0", "b": "eth0"}
-    assert wrong(findings) == []
-
-
-def test_an_address_that_is_the_hosts_own_everywhere_is_none():
-    tried = {"a": {"a": reached("lo", "::1", "::1"), "b": reached()}, "fd00::1": {"a": reached(), "b": reached()}}
-    rendezvous, _ = _judge("a", 29500, tried)
-    assert rendezvous is not None
-    assert rendezvous.address == "10.0.0.1"
-
-
-def test_a_name_is_kept_where_it_means_another_address_to_each_host():
-    tried = {"a": {"a": reached(peer="10.0.0.1"), "b": reached(peer="192.168.0.1")}}
-    rendezvous, _ = _judge("a", 29500, tried)
-    assert rendezvous is not None
-    assert rendezvous.address == "a"
-
-
-def test_hosts_that_do_not_reach_the_best_address_are_named():
-    tried = {
-        "a": {"a": reached(), "b": {"error": "timed out"}, "c": {"error": "timed out"}},
-        "10.0.0.1": {"a": reached(), "b": reached(), "c": {"error": "timed out"}},
-    }
-    rendezvous, findings = _judge("a", 29500, tried)
-    assert rendezvous is None
-    assert [one[:4] for one in wrong(findings)] == [
-        ("c", "port", "failed", "cannot reach port 29500 of a (10.0.0.1): timed out")
-    ]
-
-
-def test_of_hosts_that_cannot_reach_each_other_the_common_one_is_to_blame():
-    assert [one.host for one in _blame({("a", "b"): "timed out", ("c", "b"): "timed out"})] == ["b"]
-    (inward,) = _blame({("a", "b"): "port 7: timed out"})
-    assert (inward.host, inward.found) == ("b", "a cannot reach it (port 7: timed out)")
-    (outward,) = _blame({("a", "b"): "port 7: timed out", ("a", "c"): "port 7: timed out"})
-    assert (outward.host, outward.found) == ("a", "it cannot reach b, c (port 7: timed out)")
-
-
-def test_gloo_and_nccl_are_told_one_interface_and_not_all_that_begin_like_it():
-    """eth1 alone means eth10 too to NCCL; gloo knows no `=`."""
-    rendezvous = Rendezvous("10.0.0.1", 29500, {"a": "eth1", "b": "ib0"}, {"a": "10.0.0.1", "b": "10.0.0.2"})
-    assert interface_variables("eth1") == {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}
-    ranks = _ranks([Host("a", 1), Host("b", 1), Host("c", 1)], rendezvous, on_cpu=True)
-    told = [ranks[host]["environment"].get("NCCL_SOCKET_IFNAME") for host in "abc"]
-    assert told == ["=eth1", "=ib0", None]
-
-
-# This machine
-
-
-def test_agents_on_this_machine_find_a_rendezvous_and_leave_the_port():
-    with Hosts(["a", "b"], on_this_machine) as hosts:
-        for _ in range(2):
-            rendezvous, findings = find_rendezvous(hosts, ["a", "b"], preferred_port=29517)
-            assert wrong(findings) == []
-            assert rendezvous is not None
-            assert rendezvous.port == 29517
-            assert not rendezvous.address.startswith("127.")
-
-
-def test_one_host_meets_itself():
-    with Hosts(["a"], on_this_machine) as hosts:
-        rendezvous, _ = find_rendezvous(hosts, ["a"])
-    assert rendezvous is not None
-    assert (rendezvous.address, rendezvous.interfaces) == ("127.0.0.1", {"a": "lo"})
-
-
-def test_this_machine_is_examined_without_ssh(tmp_path):
-    wanted = Wanted((Host("here", 1),), load_spec("quickstart"), run_dir=tmp_path / "run")
-    with Hosts(["here"], on_this_machine) as hosts:
-        report = examine(hosts, wanted)
-    assert report.is_ready, report.failed
-    assert report.verdict == "here, ready"
-    assert report.facts["here"].python == ".".join(str(part) for part in sys.version_info[:3])
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_host_that_is_lost_does_not_keep_the_others_from_being_examined(tmp_path):
-    def way(host: str, line: str) -> list[str]:
-        return [
-            "sh",
-            "-c",
-            line if host == "here" else "echo 'ssh: connect to host gone: Connection refused' >&2; exit 255",
-        ]
-
-    wanted = Wanted((Host("here", 1), Host("gone", 1)), run_dir=tmp_path / "run")
-    with Hosts(["here", "gone"], way) as hosts:
-        report = examine(hosts, wanted)
-    assert list(report.failed) == ["gone"]
-    assert report.healthy == ["here"]
-    assert report.verdict == "gone: not ready: ssh: connect to host gone: Connection refused"
-
-
-def test_facts_have_the_form_that_they_are_read_in():
-    answer = host_side.facts(list(PACKAGES), str(TRAIN_SCRIPT.parent), None)
-    facts = Facts.from_answer(answer)
-    assert facts.versions["numpy"]
-    assert asdict(facts)["dsllm_hash"] == host_side.sources_hash(str(TRAIN_SCRIPT.parent))
-
-
-SMI = """#!/bin/sh
-case $1 in
-*compute-apps*) echo "GPU-1, 4711, 3072, /usr/bin/python, of bob" ;;
-*) echo "0, GPU-0, NVIDIA A100-SXM4-80GB, 81920, 81000, 570.86"
-   echo "1, GPU-1, NVIDIA A100-SXM4-80GB, 81920, 70000, 570.86"
-   echo "2, GPU-2, NVIDIA A100-SXM4-80GB MIG, [N/A], [N/A], 570.86" ;;
-esac
-"""
-
-
-def with_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> dict[str, Any]:
-    """What is found where nvidia-smi is this script: no machine that tests run on has a GPU."""
-    (tmp_path / "nvidia-smi").write_text(script)
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    return host_side.gpu_facts()
-
-
-def test_the_driver_is_asked_for_gpus_and_their_processes(tmp_path, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    found = with_smi(tmp_path, monkeypatch, SMI)
-    assert found["driver"] == "570.86"
-    assert [(gpu["index"], gpu["free_bytes"] >> 20) for gpu in found["gpus"]] == [(0, 81000), (1, 70000)]
-    (process,) = found["gpus"][1]["processes"]
-    assert (process["pid"], process["used_bytes"]) == (4711, 3 * GIB)
-
-
-@pytest.mark.parametrize(
-    ("listed", "indices"),
-    [("1", [1]), ("1,0", [1, 0]), ("GPU-1", [1]), ("", []), ("NoDevFiles", []), ("7", []), ("MIG-7f", [0, 1])],
-)
-def test_gpus_of_other_jobs_are_not_looked_at(tmp_path, monkeypatch, listed, indices):
-    """A session within a job has CUDA_VISIBLE_DEVICES, also where no cgroup hides the others."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
-    found = with_smi(tmp_path, monkeypatch, SMI)
-    assert [gpu["index"] for gpu in found["gpus"]] == indices
-    assert found["driver_error"] is None
-
-
-def test_a_driver_that_fails_or_hangs_is_quoted(tmp_path, monkeypatch):
-    found = with_smi(tmp_path, monkeypatch, "#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
-    assert (found["gpus"], found["driver_error"]) == ([], "NVIDIA-SMI has failed")
-    monkeypatch.setattr(host_side, "SMI_SECONDS", 0.2)
-    found = with_smi(tmp_path, monkeypatch, "#!/bin/sh\nexec sleep 5\n")
-    assert "timed out after 0.2 seconds" in found["driver_error"]
-
-
-def test_a_host_has_time_to_ask_its_driver(tmp_path, monkeypatch):
-    """Which takes eight GPUs without persistence mode more than 5 s for each of two questions."""
-    asked = {}
-
-    class Recording(Hosts):
-        def ask_all(self, do, seconds=ANSWER_SECONDS, each=None, **arguments):
-            asked[do] = seconds
-            return super().ask_all(do, seconds, each, **arguments)
-
-    with Recording(["here"], on_this_machine) as hosts:
-        examine(hosts, Wanted((Host("here", 1),), run_dir=tmp_path / "run"))
-    assert asked["facts"] > 2 * host_side.SMI_SECONDS >= 40
-
-
-def test_a_manifest_has_the_hash_that_a_passport_has(tmp_path):
-    (tmp_path / MANIFEST_FILE).write_text("{}")
-    assert host_side.manifest(str(tmp_path)) == file_sha256(tmp_path / MANIFEST_FILE)
-    assert host_side.manifest(str(tmp_path / "none")) is None
-
-
-def test_a_file_left_in_a_new_folder_is_taken_away_with_the_folder(tmp_path):
-    folder = tmp_path / "runs" / "new"
-    left = host_side.leave_token(str(folder), "token")
-    assert left["error"] is None
-    assert host_side.see_tokens(str(folder), ["token", "other"]) == ["token"]
-    host_side.remove_token(str(folder), "token")
-    host_side.remove_made(left["made"])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_cuda_is_read_where_torch_keeps_it(tmp_path, monkeypatch):
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text("raise RuntimeError('it was imported')")
-    (tmp_path / "torch" / "version.py").write_text("from typing import Optional\ncuda: Optional[str] = '12.8'\n")
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); "
-        "from dsllm.launch.doctor import host_side; print(host_side.cuda_version())"
-    )
-    command = [sys.executable, "-c", script, tmp_path]
-    assert subprocess.run(command, capture_output=True, text=True, cwd=TRAIN_SCRIPT.parent.parent).stdout == "12.8\n"
-
-
-def test_the_prediction_is_that_of_the_engine():
-    needs = predict(load_spec("quickstart"), 2, "cpu", "cpu", 8 * GIB)
-    assert 0 < needs.peak_bytes < 8 * GIB
-    assert needs.host_bytes == 0
 
 
 # In all

@@ -55,7 +55,7 @@ def _plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start_all(launcher: Launcher, topology: Topology, arguments: list[str] = ARGUMENTS) -> list[Start]:
-    return starts(launcher, topology, MEETING, arguments, Path("/work/my runs"))
+    return starts(launcher, topology, MEETING, arguments, Path("/srv/my runs"))
 
 
 def start_one(launcher: Launcher, topology: Topology) -> Start:
@@ -238,7 +238,7 @@ def test_ssh_starts_on_each_host_what_deepspeed_would() -> None:
     for number, start in enumerate(all_starts):
         assert start.command[:1] + start.command[-2:-1] == ["ssh", "ab"[number]]
         words = shlex.split(start.command[-1])
-        assert words[:4] == ["cd", "/work/my runs", "&&", "exec"]
+        assert words[:4] == ["cd", "/srv/my runs", "&&", "exec"]
         assert words[5:8] == ["-u", "-m", "deepspeed.launcher.launch"]
         encoded = words[8].removeprefix("--world_info=")
         assert json.loads(base64.urlsafe_b64decode(encoded)) == {"a": [1, 3], "b": [0, 1]}

@@ -25,8 +25,8 @@ def script(**changes: object) -> str:
         "ranks_per_node": 8,
         "program": ["/env/bin/dsllm"],
         "launch_arguments": ["my.yaml", "--launcher", "slurm"],
-        "working_folder": "/work",
-        "output_folder": "/work/runs/my-run/logs",
+        "working_folder": "/srv",
+        "output_folder": "/srv/runs/my-run/logs",
     }
     return sbatch_script(**{**given, **changes})
 
@@ -41,7 +41,7 @@ def test_a_job_has_a_task_and_a_gpu_for_each_rank_and_goes_on_when_requeued() ->
         "--nodes=2",
         "--ntasks-per-node=8",
         "--gpus-per-node=8",
-        "--output=/work/runs/my-run/logs/slurm-%j.log",
+        "--output=/srv/runs/my-run/logs/slurm-%j.log",
         "--open-mode=append",
         "--requeue",
         "--signal=B:USR2@300",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.cluster import namespaces
+from tests.cluster.host import Host
 from tests.cluster.isolation import why_not
 
 
@@ -27,3 +28,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int]
             return made[num_hosts]
 
         yield make
+
+
+@pytest.fixture(scope="module")
+def pair(cluster: Callable[[int], namespaces.Cluster]) -> namespaces.Cluster:
+    """Two hosts, host-a and host-b."""
+    return cluster(2)
+
+
+@pytest.fixture
+def a(pair: namespaces.Cluster) -> Host:
+    return pair.hosts[0]
+
+
+@pytest.fixture
+def b(pair: namespaces.Cluster) -> Host:
+    return pair.hosts[1]

@@ -14,26 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import namespaces
-from tests.cluster.host import Host
 from tests.cluster.namespaces import ROOT
 
 PYTHONS = Path("~/.pyenv/versions").expanduser().glob("3.*/bin/python3.*[0-9]")
 SHIFTED_CLOCK = "import time\nreal = time.time\ntime.time = lambda: real() - 300\n"
-
-
-@pytest.fixture(scope="module")
-def pair(cluster: Callable[[int], namespaces.Cluster]) -> namespaces.Cluster:
-    return cluster(2)
-
-
-@pytest.fixture
-def a(pair: namespaces.Cluster) -> Host:
-    return pair.hosts[0]
-
-
-@pytest.fixture
-def b(pair: namespaces.Cluster) -> Host:
-    return pair.hosts[1]
 
 
 @pytest.fixture
@@ -139,10 +123,10 @@ def test_refused_ssh_is_named(examine, b):
 
 
 def test_a_host_without_the_folder_is_named(examine, b, tmp_path):
-    (tmp_path / "work" / "here").mkdir(parents=True)
-    with b.hide(tmp_path / "work"):
-        words = finding(examine(cwd=tmp_path / "work" / "here"), "reach")
-    assert words.endswith(f"make {tmp_path}/work/here there too, shared or copied; ranks start in it")
+    (tmp_path / "place" / "here").mkdir(parents=True)
+    with b.hide(tmp_path / "place"):
+        words = finding(examine(cwd=tmp_path / "place" / "here"), "reach")
+    assert words.endswith(f"make {tmp_path}/place/here there too, shared or copied; ranks start in it")
 
 
 def test_a_host_without_the_python_is_named(examine, b):

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
     write_corpus(folder / "corpus", documents=120, words=240)
     return folder
-
-
-@pytest.fixture(scope="module")
-def pair(cluster: Callable[[int], Cluster]) -> Cluster:
-    return cluster(2)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,21 +36,6 @@ connection.settimeout(20)
 connection.recv(1)
 print(time.monotonic() - begin)
 """
-
-
-@pytest.fixture(scope="module")
-def pair(cluster: Callable[[int], namespaces.Cluster]) -> namespaces.Cluster:
-    return cluster(2)
-
-
-@pytest.fixture
-def a(pair: namespaces.Cluster) -> Host:
-    return pair.hosts[0]
-
-
-@pytest.fixture
-def b(pair: namespaces.Cluster) -> Host:
-    return pair.hosts[1]
 
 
 def ssh(host: Host, to: str, command: str) -> subprocess.CompletedProcess[str]:
