@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dsllm.checkpoint.export import export_run
+from dsllm.checkpoint.layout import LATEST_FILE
 from dsllm.data.run_samples import open_validation_samples
 from dsllm.spec.load import load_spec
 from tests.distributed.harness import ROOT, RankResult, run_python_ranks, run_ranks
@@ -57,8 +58,10 @@ def arguments(corpus: Path, run: Path, stage: int, *overrides: str) -> list[str]
     return flags
 
 
-def train_and_signal(corpus: Path, run: Path, stage: int, number: signal.Signals, after_step: int) -> RankResult:
-    """Start a run, and send every rank `number` once `after_step` is done."""
+def train_and_signal(
+    corpus: Path, run: Path, stage: int, number: signal.Signals, after_step: int, *, after_a_save: bool = False
+) -> RankResult:
+    """Start a run, and send every rank `number` once `after_step` is done, and a checkpoint too if that is asked."""
     results: list[RankResult] = []
     script = [TRAIN, *arguments(corpus, run, stage)]
 
@@ -67,9 +70,13 @@ def train_and_signal(corpus: Path, run: Path, stage: int, number: signal.Signals
 
     launch = threading.Thread(target=train)
     launch.start()
-    while launch.is_alive() and len(records(run)) < after_step:
+    while launch.is_alive() and not records(run):
         time.sleep(0.02)
-    for process in ranks_of(run):
+    ranks = ranks_of(run)  # looked for early: it takes as long as some steps
+    latest = run / "checkpoints" / LATEST_FILE  # written behind training: how many steps later is not known
+    while launch.is_alive() and (len(records(run)) < after_step or (after_a_save and not latest.is_file())):
+        time.sleep(0.005)
+    for process in ranks:
         process.send_signal(number)
     launch.join()
     return results[0]
@@ -101,7 +108,7 @@ def all_runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
     runs = {stage: Runs(folder / f"undisturbed-{stage}", folder / f"killed-{stage}") for stage in (1, 2, 3)}
     train_each([arguments(corpus, run.undisturbed, stage) for stage, run in runs.items()])
     for stage, run in runs.items():
-        killed = train_and_signal(corpus, run.resumed, stage, signal.SIGKILL, after_step=6)
+        killed = train_and_signal(corpus, run.resumed, stage, signal.SIGKILL, after_step=6, after_a_save=True)
         assert killed.returncode != 0
         assert 6 <= len(records(run.resumed)) < STEPS, "killed too late to prove anything"
     train_each([arguments(corpus, run.resumed, stage) for stage, run in runs.items()])
