@@ -118,7 +118,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.engine.memory_meter import MemoryMeter
     from dsllm.engine.run_folder import describe_run, make_passport
     from dsllm.engine.start import loss_implementation, start_engine
-    from dsllm.engine.trainer import train
+    from dsllm.engine.trainer import Question, train
     from dsllm.launch.devices import calibration_file
     from dsllm.plan.batch import resolve_batch
     from dsllm.plan.calibration import read_constants
@@ -195,6 +195,8 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
             record.go_back(step)
             return step
 
+        ask_validation = functools.partial(evaluation.evaluate, engine, activity.counting(validation), shares)
+        questions = [Question(spec.evaluation.interval, ask_validation, at_first=True)]
         # From here on: what came before is no part of a step. All agree on the clock of rank 0.
         asked.limit = limit if world.rank == 0 else None
         done = train(
@@ -202,7 +204,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
             lambda step: read_training(step, judge.skipped_batches),
             first_step=first_step,
             train_steps=steps,
-            evaluation_interval=spec.evaluation.interval,
+            questions=questions,
             checkpoint_interval=spec.checkpoint.interval,
             learning_rate=functools.partial(
                 schedule.learning_rate,
@@ -210,7 +212,6 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
                 peak=spec.optimizer.learning_rate,
                 train_steps=steps,
             ),
-            evaluate=functools.partial(evaluation.evaluate, engine, activity.counting(validation), shares),
             saver=saver,
             record=record,
             judge=judge,

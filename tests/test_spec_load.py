@@ -177,7 +177,7 @@ def test_one_problem_is_one_line(tmp_path: Path) -> None:
         ("optimizer.betas=[0.9]", "optimizer.betas.1: missing; must be a number at least 0 and less than 1"),
         ("optimizer.betas=[0.9, 2]", "optimizer.betas.1: given 2; must be a number at least 0 and less than 1"),
         ("zero=3", "zero: given 3; must be a section with stage, offload_optimizer, "),
-        ("model=null", "model: given null; must be a section with family, num_layers, hidden_size, "),
+        ("model=null", "model: given null; must be a section whose family is one of gpt2, llama, "),
         (
             "tokenizer={kind: wordpiece}",
             'tokenizer.kind: given "wordpiece"; must be one of pretrained, sentencepiece, bpe',

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,6 +22,20 @@ from dsllm.engine.optimizer import SkippingAdamW
 from dsllm.engine.requests import Requests
 
 Record = dict[str, Any]
+
+
+class Question(NamedTuple):
+    """What the model is asked at intervals: its validation loss, for one."""
+
+    interval: int
+    """In steps; the last step is always asked."""
+    ask: Callable[[], Record]
+    """What the step's record says of it; collective."""
+    at_first: bool = False
+    """Whether the first step is asked too."""
+
+    def is_due(self, step: int) -> bool:
+        return step % self.interval == 0 or (self.at_first and step == 1)
 
 
 class Saver(Protocol):
@@ -40,10 +54,9 @@ def train(
     *,
     first_step: int,
     train_steps: int,
-    evaluation_interval: int,
+    questions: Sequence[Question],
     checkpoint_interval: int,
     learning_rate: Callable[[int], float],
-    evaluate: Callable[[], Record],
     saver: Saver,
     record: Callable[[Record], None],
     judge: Judge,
@@ -74,9 +87,9 @@ def train(
             if requests.stop:
                 break
             continue
-        is_evaluated = not requests.stop and (done == 1 or done % evaluation_interval == 0)
-        if is_evaluated or done == train_steps:
-            metrics |= evaluate()
+        for question in questions:
+            if done == train_steps or (not requests.stop and question.is_due(done)):
+                metrics |= question.ask()
         record({"step": done, "lr": rate, **metrics})
         is_last = done == train_steps or requests.stop
         is_due = requests.take_save() or is_due or done % checkpoint_interval == 0

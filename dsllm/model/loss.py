@@ -21,7 +21,7 @@ from dsllm.plan.workload import LossImplementation
 
 
 class TrainingModel(nn.Module):
-    """What DeepSpeed trains: a causal language model whose forward is its loss."""
+    """What DeepSpeed trains: a causal language model whose forward is its loss, or without labels its logits."""
 
     def __init__(self, causal_lm: PreTrainedModel, implementation: LossImplementation) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class TrainingModel(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         loss_tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -39,7 +39,8 @@ class TrainingModel(nn.Module):
         their number where that is absent.
 
         `input_ids` and `labels` are (sequences, sequence_length); `labels` are already shifted, -100 is left out. With
-        `position_ids`, of the same shape, attention stays within a document: see document_mask.py.
+        `position_ids`, of the same shape, attention stays within a document: see document_mask.py. Without `labels`
+        the logits of every position, (sequences, sequence_length, padded vocabulary).
         """
         hidden = self._hidden_states(input_ids, position_ids)
         return self.causal_lm.get_output_embeddings()(hidden, labels, loss_tokens)
@@ -69,10 +70,12 @@ class LossHead(nn.Module):
         self.implementation = implementation
 
     def forward(
-        self, hidden: torch.Tensor, labels: torch.Tensor, loss_tokens: torch.Tensor | None = None
+        self, hidden: torch.Tensor, labels: torch.Tensor | None = None, loss_tokens: torch.Tensor | None = None
     ) -> torch.Tensor:
         """`hidden` is (sequences, sequence_length, hidden_size), `labels` (sequences, sequence_length); `loss_tokens`
-        is what the sum of the loss is divided by, the number of counted labels when absent."""
+        is what the sum of the loss is divided by, the number of counted labels when absent. Logits without labels."""
+        if labels is None:
+            return functional.linear(hidden, self.weight)
         cross_entropy = {"plain": _plain_cross_entropy, "fused": _fused_cross_entropy, "chunked": chunked_cross_entropy}
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
         if loss_tokens is None:

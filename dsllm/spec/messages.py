@@ -6,7 +6,17 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from dsllm.spec.schema import Node, children, describe, known_keys, spec_schema, suggestion, variants
+from dsllm.spec.schema import (
+    Node,
+    children,
+    describe,
+    known_keys,
+    spec_schema,
+    suggestion,
+    tag_of,
+    tag_values,
+    variants,
+)
 
 
 class Place(NamedTuple):
@@ -52,9 +62,12 @@ def _problem(error: Mapping[str, Any]) -> tuple[tuple[str | int, ...], str]:
 
 
 def _kind_problem(error: Mapping[str, Any], place: Place) -> tuple[tuple[str | int, ...], str]:
-    kinds = ", ".join(part["properties"]["kind"]["const"] for node in place.nodes for part in variants(node))
+    parts = [part for node in place.nodes for part in variants(node) if "properties" in part]
+    tag = tag_of(parts)
+    assert tag is not None, "Pydantic told the members apart"
     given = f"given {quote(error['ctx']['tag'])}" if error["type"] == "union_tag_invalid" else "missing"
-    return (*place.keys, "kind"), f"{place.path}.kind: {given}; must be one of {kinds}"
+    kinds = ", ".join(tag_values(parts, tag))
+    return (*place.keys, tag), f"{place.path}.{tag}: {given}; must be one of {kinds}"
 
 
 def _locate(location: tuple[str | int, ...]) -> Place:
@@ -63,7 +76,7 @@ def _locate(location: tuple[str | int, ...]) -> Place:
     nodes = [spec_schema()]
     for key in location:
         below = [child for node in nodes for child in children(node, key)]
-        tagged = [part for node in nodes for part in variants(node) if _kind_of(part) == key]
+        tagged = [part for node in nodes for part in variants(node) if key in _kinds_of(part)]
         if tagged:
             nodes = tagged
         elif below:
@@ -72,10 +85,10 @@ def _locate(location: tuple[str | int, ...]) -> Place:
     return Place(tuple(keys), nodes)
 
 
-def _kind_of(node: Node) -> str | None:
-    """The tag of a member of a union such as the tokenizers."""
-    kind: str | None = node.get("properties", {}).get("kind", {}).get("const")
-    return kind
+def _kinds_of(node: Node) -> list[str]:
+    """The tags of a member of a union such as the tokenizers."""
+    tag = tag_of([node])
+    return tag_values([node], tag) if tag is not None else []
 
 
 def _wanted(place: Place) -> str:

@@ -10,6 +10,9 @@ from dsllm.spec.sections import Spec
 
 Node = dict[str, Any]
 
+TAGS = ("kind", "family")
+"""Keys that say which member of a union a section is."""
+
 
 @cache
 def spec_schema() -> Node:
@@ -44,6 +47,17 @@ def children(node: Node, key: str | int) -> list[Node]:
     return found
 
 
+def tag_of(parts: Sequence[Node]) -> str | None:
+    """The key by which the members of a union are told apart; None where they are not all sections with one."""
+    return next((tag for tag in TAGS if all(tag in part.get("properties", ()) for part in parts)), None)
+
+
+def tag_values(parts: Sequence[Node], tag: str) -> list[str]:
+    """What may stand under the tag, over all members."""
+    fields = [part["properties"][tag] for part in parts]
+    return [value for field in fields for value in field.get("enum", [field.get("const")])]
+
+
 def known_keys(nodes: Sequence[Node]) -> list[str]:
     """Keys that may stand in any of the nodes, in the order of the sections."""
     return list(dict.fromkeys(key for node in nodes for part in variants(node) for key in part.get("properties", ())))
@@ -74,9 +88,8 @@ def suggestion(key: str, parent: str, siblings: Sequence[str]) -> str:
 def describe(node: Node) -> str:
     """What a field wants, in words: `a whole number greater than 0, or auto`."""
     parts = variants(node)
-    if len(parts) > 1 and all("properties" in part for part in parts):
-        kinds = [part["properties"]["kind"]["const"] for part in parts]
-        return f"a section whose kind is one of {', '.join(kinds)}"
+    if len(parts) > 1 and (tag := tag_of(parts)) is not None:
+        return f"a section whose {tag} is one of {', '.join(tag_values(parts, tag))}"
     return ", or ".join(_describe_variant(part) for part in parts)
 
 
@@ -86,6 +99,8 @@ def _describe_variant(node: Node) -> str:
     if "enum" in node:
         return f"one of {', '.join(map(str, node['enum']))}"
     kind = node.get("type")
+    if kind == "object" and "properties" not in node:
+        return "a mapping"
     if kind == "object":
         return f"a section with {', '.join(node.get('required') or node['properties'])}"
     if kind == "array":

@@ -7,7 +7,7 @@ whatever needs it, because the same spec must mean the same optimisation on any 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -29,6 +29,7 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 OffloadDevice = Literal["none", "cpu", "nvme"]
 Precision = Literal["bf16", "fp16", "fp32"]
 LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+LAYERS_PATTERN = r"^\d+(-\d+)?(,\d+(-\d+)?)*$"
 
 
 class Section(BaseModel):
@@ -43,39 +44,94 @@ class Section(BaseModel):
     )
 
 
-class Model(Section):
+class Scratch(Section):
+    """Weights drawn at random."""
+
+    kind: Literal["scratch"] = "scratch"
+    """Marks random weights."""
+
+
+class Pretrained(Section):
+    """Weights of a model that exists: pre-training goes on, with its layers or with others made from them."""
+
+    kind: Literal["pretrained"]
+    """Marks an existing model."""
+    name: str
+    """A Hugging Face folder, such as `dsllm export` and `dsllm grow` write, or a name on the Hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    layers: Annotated[str, Field(pattern=LAYERS_PATTERN)] | None = None
+    """Which of its layers, counted from 0, become those of the model, in order: `0-7,4-11` makes 16 of 12 (depth
+    up-scaling), `0-4,7-11` makes 10. All when absent."""
+
+
+Init = Annotated[Scratch | Pretrained, Field(discriminator="kind")]
+
+
+class ModelSection(Section):
+    """What every model has."""
+
+    init: Init = Scratch()
+    """The weights that training starts from."""
+    vocab_size: PositiveInt | None = None
+    """Tokens the model knows; that of the tokenizer when absent."""
+    vocab_padding_multiple: PositiveInt = 128
+    """The embedding's rows are rounded up to a multiple of this, which matrix kernels like; 1 switches it off."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel: torch's fused scaled-dot-product attention, or the plain one."""
+
+
+class Model(ModelSection):
     """The shape of the network."""
 
-    family: Literal["gpt2", "llama"]
-    """Architecture, built from transformers' own classes."""
+    family: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"]
+    """Architecture, built from transformers' own classes; `auto` takes any of its configurations."""
     num_layers: PositiveInt
     """Transformer blocks."""
     hidden_size: PositiveInt
     """Width of the residual stream."""
     num_attention_heads: PositiveInt
-    """Query heads; they divide `hidden_size`."""
+    """Query heads; they divide `hidden_size`, unless `head_size` is given."""
     num_key_value_heads: PositiveInt | None = None
-    """Key and value heads (grouped queries, llama only); as many as the query heads when absent."""
+    """Key and value heads (grouped queries, not in gpt2); as many as the query heads when absent."""
+    head_size: PositiveInt | None = None
+    """Width of an attention head (not in gpt2 and qwen2); hidden_size / num_attention_heads when absent."""
     intermediate_size: PositiveInt | None = None
-    """Width of the feed-forward layer. When absent: 4 x hidden for gpt2; 8/3 x hidden, rounded up to 128, for llama."""
+    """Width of the feed-forward layer, of each expert in mixtral. When absent: 4 x hidden for gpt2; 8/3 x hidden,
+    rounded up to 128, for the others."""
     max_position_embeddings: PositiveInt = 1024
     """Longest sequence the model can read."""
-    vocab_size: PositiveInt | None = None
-    """Tokens the model knows; that of the tokenizer when absent."""
-    vocab_padding_multiple: PositiveInt = 128
-    """The embedding's rows are rounded up to a multiple of this, which matrix kernels like; 1 switches it off."""
     tie_word_embeddings: bool = True
     """Whether the output projection shares the embedding's weights."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout of embeddings, attention and residuals (gpt2 only); 0 for pre-training."""
     rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary position embedding (llama only)."""
+    """Base of the rotary position embedding (not in gpt2)."""
+    sliding_window: PositiveInt | None = None
+    """Tokens that attention looks back at most (mistral and mixtral); all when absent."""
+    num_experts: PositiveInt | None = None
+    """Feed-forward layers to choose among, for each token and block (mixtral); 8 when absent."""
+    num_experts_per_token: PositiveInt | None = None
+    """Experts that each token takes (mixtral); 2 when absent."""
+    balance_loss_weight: NonNegativeFloat = 0.01
+    """Weight of the loss that keeps experts equally busy, beside cross-entropy (mixtral)."""
     norm_epsilon: PositiveFloat = 1e-5
     """Epsilon of the layer norms."""
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of the initial weights; residual projections get it divided by sqrt(2 x layers)."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel: torch's fused scaled-dot-product attention, or the plain one."""
+
+
+class AutoModel(ModelSection):
+    """Any causal language model that transformers has."""
+
+    family: Literal["auto"]
+    """Marks a model that is described by a configuration of transformers."""
+    config: str | dict[str, Any] | None = None
+    """The configuration: a folder that has a config.json, a name on the Hub, or its keys written out here, `model_type`
+    among them; that of `init` when absent."""
+
+
+AnyModel = Annotated[Model | AutoModel, Field(discriminator="family")]
 
 
 class PretrainedTokenizer(Section):
@@ -259,18 +315,29 @@ class Training(Section):
     """Blocks whose activations are computed again in backward: none, every second one, or all."""
     compile: bool = False
     """Whether blocks are compiled with torch.compile."""
+    kernels: Literal["auto", "liger", "torch"] = "auto"
+    """Whose kernels compute norms, rotary positions and gated feed-forward layers: liger-kernel's fused ones (CUDA,
+    where it has them for the family) or torch's own. `auto` is liger where that is installed, can run and blocks are
+    not compiled."""
+    tf32: bool = True
+    """Whether matrix products in fp32 may round their inputs to TF32, where the GPU has it."""
     loss: Literal["auto", "chunked", "fused", "plain"] = "auto"
     """How cross-entropy is computed: in chunks of the sequence, by liger-kernel's fused kernel (CUDA), or plainly.
     `auto` is fused where that is installed and can run, else chunked."""
 
 
 class Optimizer(Section):
-    """AdamW, with weight decay on matrices only."""
+    """How gradients become updates; weight decay is on matrices only."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW; or Muon (momentum made orthogonal) for the matrices of blocks, and AdamW for embeddings, head and
+    vectors."""
     learning_rate: PositiveFloat = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    muon_learning_rate: PositiveFloat = 0.02
+    """Peak learning rate of Muon's matrices (muon only); the schedule is the same."""
+    muon_momentum: Decay = 0.95
+    """Decay of Muon's momentum (muon only)."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
     """Decay of the first and second moment."""
     epsilon: PositiveFloat = 1e-8
@@ -279,6 +346,8 @@ class Optimizer(Section):
     """Decay of matrices; vectors (biases, norms) are never decayed."""
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest allowed norm of the gradients; 0 switches clipping off."""
+    fused: bool = True
+    """Whether AdamW's update is one kernel."""
 
 
 class Schedule(Section):
@@ -353,13 +422,44 @@ class Guards(Section):
     """A run in which some rank makes no progress for so long ends, with the stacks of every rank in its log."""
 
 
+class HellaSwag(Section):
+    """Which of four endings the model finds likeliest, asked of the items of a file."""
+
+    path: str
+    """A JSONL file of HellaSwag's rows (`ctx_a`, `ctx_b`, `activity_label`, `endings`, `label`), or a dataset on the
+    Hub."""
+    items: PositiveInt | None = None
+    """Items asked, the first of the file; all when absent."""
+    interval: PositiveInt = 1000
+    """Steps between scores; the last step is always scored."""
+
+
+class Samples(Section):
+    """Text that the model writes while it trains."""
+
+    prompts: Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """What it goes on from, each by itself."""
+    interval: PositiveInt = 1000
+    """Steps between samples; the last step always writes some."""
+    max_new_tokens: PositiveInt = 64
+    """Tokens to write at most."""
+    temperature: NonNegativeFloat = 0.8
+    """0 takes the likeliest token each time."""
+    top_k: NonNegativeInt = 50
+    """Choose among so many tokens; 0 for all."""
+
+
 class Evaluation(Section):
-    """Validation loss on a fixed set of samples."""
+    """What a run is asked at intervals: validation loss on a fixed set of samples, and what is named here."""
 
     interval: PositiveInt = 250
     """Steps between evaluations; the first and the last step are always evaluated."""
     batches: PositiveInt = 20
     """Validation samples, in global batches, at most."""
+    hellaswag: HellaSwag | None = None
+    """HellaSwag's score in training; absent, none is taken."""
+    samples: Samples | None = None
+    """Text written in training; absent, none is."""
 
 
 class Wandb(Section):
@@ -397,7 +497,7 @@ class Spec(Section):
     """Name of the run and of its folder: letters, digits, `.`, `_` and `-`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1337
     """Decides initial weights and the order of samples."""
-    model: Model
+    model: AnyModel
     """The network."""
     tokenizer: Tokenizer
     """How text becomes tokens."""
