@@ -26,7 +26,6 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -36,6 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsllm.errors import UserError
 from dsllm.model.build import DTYPES, build_model, enable_activation_checkpointing
+from dsllm.model.configs import check_is_causal
 from dsllm.model.cuda_kernels import cuda_kernels, replaced
 from dsllm.model.ledger import Ledger
 from dsllm.model.loss import TrainingModel
@@ -159,16 +159,6 @@ def _difference(value: int, found: int) -> float:
     if found == 0:
         return 0.0 if value == 0 else math.inf
     return value / found - 1
-
-
-def check_is_causal(config: PretrainedConfig, source: str) -> None:
-    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if not is_known or is_encoder or getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{source}: model type {config.model_type} is no decoder that predicts the next token; "
-            "give the config of a causal language model"
-        )
 
 
 def _prepared(config: PretrainedConfig, run: Workload) -> PretrainedConfig:

@@ -54,6 +54,14 @@ def written_config(model: AutoModel) -> dict[str, Any]:
     return model.config if isinstance(model.config, dict) else {}
 
 
+def config_source(model: AutoModel) -> tuple[str, str | None]:
+    """The folder or Hub name that an automatic model's configuration is read from, and the revision there."""
+    if isinstance(model.config, str):
+        return model.config, None
+    assert model.init.kind == "pretrained", "the rules refuse a model without a configuration"
+    return model.init.name, model.init.revision
+
+
 def dropout(model: AnyModel) -> float:
     """Of residuals and attention in training."""
     if model.family != "auto":

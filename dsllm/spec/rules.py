@@ -122,6 +122,22 @@ def fields_belong_to_the_family(model: AnyModel) -> Iterator[str]:
 
 
 @rule
+def automatic_model_has_a_config(model: AnyModel) -> Iterator[str]:
+    if model.family != "auto":
+        return
+    if model.config is None and model.init.kind == "scratch":
+        yield (
+            "model.config: missing, and model.init is scratch, which has none; give a folder that has a config.json, a "
+            "name on the Hub, or the keys themselves"
+        )
+    elif isinstance(model.config, dict) and not isinstance(model.config.get("model_type"), str):
+        yield (
+            "model.config.model_type: missing; it says which of transformers' models the other keys describe; give it, "
+            "for example llama"
+        )
+
+
+@rule
 def experts_are_enough_to_choose_among(model: AnyModel) -> Iterator[str]:
     if model.family != "mixtral":
         return
