@@ -21,8 +21,8 @@ from dsllm.engine.run_folder import RunFolder
 from dsllm.engine.spikes import Spike, SpikeDetector
 from dsllm.errors import TrainingError
 from dsllm.launch.history import History, num_roll_backs, read_history, skipped_batches
+from dsllm.model.shapes import shape_of
 from dsllm.plan.batch import BatchPlan
-from dsllm.plan.model_shape import model_shape
 from dsllm.spec.sections import Guards, Spec
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def open_judge(
     past = Past()
     if earlier is not None:
         past = ranks.on_rank_0(lambda: read_past(RunFolder(earlier), first_step, spec.guards.spike_window))
-    judge = Judge(spec.guards, batch, world, folder, past, untrained_loss(model_shape(spec), spec))
+    judge = Judge(spec.guards, batch, world, folder, past, untrained_loss(shape_of(spec), spec))
     details = {"checkpoint": str(checkpoint)} if checkpoint else {}
     skipped = list(past.skipped_batches)
     event = "resumed" if checkpoint else "started"

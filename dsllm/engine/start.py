@@ -20,6 +20,7 @@ from dsllm.model.build import (
 )
 from dsllm.model.initialize import initialize_weights
 from dsllm.model.loss import TrainingModel, fused_loss_is_installed
+from dsllm.model.suitability import check_suitable
 from dsllm.plan.workload import CHECKPOINTED_BLOCKS, LossImplementation
 from dsllm.spec.sections import Precision, Spec
 
@@ -27,11 +28,14 @@ from dsllm.spec.sections import Precision, Spec
 def start_engine(spec: Spec, ds_config: dict[str, Any]) -> DeepSpeedEngine:
     """The initialised model of `spec` under DeepSpeed; collective, on every rank.
 
-    Raises UserError where the device cannot compute in the spec's precision.
+    Raises UserError where the device cannot compute in the spec's precision, or dsllm cannot train the model type.
     """
     check_precision(spec.training.precision)
+    config = model_config(spec)
+    if spec.model.family == "auto":
+        check_suitable(config, spec.zero.stage)
     partitioned = ds_config if spec.zero.stage == 3 else None
-    causal_lm = build_model(model_config(spec), DTYPES[spec.training.precision], partitioned)
+    causal_lm = build_model(config, DTYPES[spec.training.precision], partitioned)
     initialize_weights(causal_lm, spec.seed)
     if spec.training.activation_checkpointing != "none":
         enable_activation_checkpointing(causal_lm, CHECKPOINTED_BLOCKS[spec.training.activation_checkpointing])

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dsllm.model.configs import num_experts
+
 
 @dataclass(frozen=True)
 class Balance:
@@ -44,7 +46,7 @@ def balance_of(causal_lm: PreTrainedModel) -> Balance | None:
     loss_of_rows = getattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func", None)
     if not weight or loss_of_rows is None:
         return None
-    return Balance(weight, config.num_experts, config.num_experts_per_tok, loss_of_rows)
+    return Balance(weight, num_experts(config), config.num_experts_per_tok, loss_of_rows)
 
 
 def with_gradient_of(loss: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -13,6 +14,7 @@ from transformers import (
 )
 
 from dsllm.errors import UserError
+from dsllm.spec.config_file import read_config_file
 from dsllm.spec.derived import config_source
 from dsllm.spec.sections import Spec
 
@@ -41,6 +43,8 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
 
     Raises UserError where there is none.
     """
+    if Path(name).expanduser().exists():
+        return read_config_file(name)
     try:
         keys, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except (OSError, ValueError) as error:
@@ -80,6 +84,12 @@ def check_is_causal(config: PretrainedConfig, source: str) -> None:
             f"{source}: model type {config.model_type} is no decoder that predicts the next token; "
             "give the config of a causal language model"
         )
+
+
+def num_experts(config: PretrainedConfig) -> int:
+    """By any of the names that model types have for it; 0 where all tokens take the same feed-forward layer."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((count for name in names if (count := getattr(config, name, None))), 0)
 
 
 def _unknown_type(model_type: Any) -> str:

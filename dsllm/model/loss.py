@@ -80,9 +80,7 @@ class LossHead(nn.Module):
     def __init__(self, projection: nn.Linear, implementation: LossImplementation) -> None:
         super().__init__()
         if projection.bias is not None:
-            raise UserError(
-                "model.config: its output projection has a bias, which no loss here computes; choose another model type"
-            )
+            raise UserError("model.config: a biased output projection; choose another model type")
         self.weight = projection.weight
         self.implementation = implementation
 

@@ -35,7 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsllm.errors import UserError
 from dsllm.model.build import DTYPES, build_model, enable_activation_checkpointing
-from dsllm.model.configs import check_is_causal
+from dsllm.model.configs import check_is_causal, num_experts
 from dsllm.model.cuda_kernels import cuda_kernels, replaced
 from dsllm.model.ledger import Ledger
 from dsllm.model.loss import TrainingModel
@@ -262,19 +262,13 @@ def _shape(model: PreTrainedModel, vocab_size: int | None = None) -> TracedShape
         vocab_size=vocab_size or config.vocab_size,
         padded_vocab_size=embedding.shape[0],
         tie_word_embeddings=embedding is head.weight,
-        num_experts=_num_experts(config),
-        num_experts_per_token=getattr(config, "num_experts_per_tok", 0) if _num_experts(config) else 0,
+        num_experts=num_experts(config),
+        num_experts_per_token=getattr(config, "num_experts_per_tok", 0) if num_experts(config) else 0,
         traced_tensors=tuple(Tensor(weight.numel(), weight.ndim >= 2) for weight in model.parameters()),
         embedding_elements=embedding.numel(),
         block_elements=max(sum(weight.numel() for weight in block.parameters()) for block in _blocks(model)),
         expert_elements=sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name),
     )
-
-
-def _num_experts(config: PretrainedConfig) -> int:
-    """By any of the names that model types have for it; 0 where all tokens take the same feed-forward layer."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next((count for name in names if (count := getattr(config, name, None))), 0)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -72,6 +72,14 @@ def dropout(model: AnyModel) -> float:
     return rate
 
 
+def initializer_range(model: AnyModel) -> float:
+    """Standard deviation of the initial weights."""
+    if model.family != "auto":
+        return model.initializer_range
+    deviation: float = written_config(model).get("initializer_range", 0.02)  # transformers' own default
+    return deviation
+
+
 def max_positions(model: AnyModel) -> int | None:
     """Tokens that the model reads at most; None where its configuration does not tell."""
     if model.family != "auto":
