@@ -43,10 +43,8 @@ def build_ds_config(
         "gradient_allreduce_op": "mean",
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
-        "optimizer": _optimizer(spec),
+        **_optimizer_keys(spec),
         "zero_optimization": _zero_optimization(run.zero, run.shape, spec.zero.nvme_path, device),
-        "zero_allow_untested_optimizer": False,
-        "zero_force_ds_cpu_optimizer": True,
         "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
@@ -82,7 +80,18 @@ def _precision_keys(spec: Spec, run: Workload) -> dict[str, Any]:
     }
 
 
-def _optimizer(spec: Spec) -> dict[str, Any]:
+def _optimizer_keys(spec: Spec) -> dict[str, Any]:
+    """What DeepSpeed makes AdamW of; Muon is handed to it as an object, which it has not tested (engine/muon.py)."""
+    if spec.optimizer.name == "muon":
+        return {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return {
+        "optimizer": {"type": "AdamW", "params": _adamw(spec)},
+        "zero_allow_untested_optimizer": False,
+        "zero_force_ds_cpu_optimizer": True,
+    }
+
+
+def _adamw(spec: Spec) -> dict[str, Any]:
     optimizer = spec.optimizer
     # Offloaded states are stepped on the host by DeepSpeed's CPUAdam; else torch's AdamW does the same as DeepSpeed's
     # FusedAdam, and needs no compiler at the first start.
@@ -95,8 +104,8 @@ def _optimizer(spec: Spec) -> dict[str, Any]:
         "torch_adam": not offloads,
     }
     if not offloads:
-        params["fused"] = True
-    return {"type": "AdamW", "params": params}
+        params |= {"fused": True} if optimizer.fused else {"fused": False, "foreach": True}
+    return params
 
 
 def _zero_optimization(zero: ZeroSettings, shape: ModelShape, nvme_path: str | None, device: Device) -> dict[str, Any]:

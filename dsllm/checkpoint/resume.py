@@ -41,6 +41,7 @@ SAME_RUN = (
     "data.packing",
     "data.mask_documents",
     "batch",
+    "optimizer.name",
 )
 """Fields that a run cannot change half-way: with another value it would be another run."""
 FREE = ("batch.micro_batch_size", "model.attention")

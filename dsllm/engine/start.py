@@ -8,6 +8,7 @@ import deepspeed
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 
+from dsllm.engine import muon
 from dsllm.engine.optimizer import own_optimizer, parameter_groups
 from dsllm.engine.ranks import device_type
 from dsllm.errors import UserError
@@ -42,10 +43,11 @@ def start_engine(spec: Spec, ds_config: dict[str, Any]) -> DeepSpeedEngine:
     if spec.training.compile:
         compile_blocks(causal_lm)
     model = TrainingModel(causal_lm, loss_implementation(spec))
-    groups = parameter_groups(model, spec.optimizer.weight_decay)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups, optimizer=own_optimizer(spec, groups), config=ds_config
-    )
+    groups = parameter_groups(model, spec.optimizer)
+    optimizer = own_optimizer(spec, groups)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=ds_config)
+    if isinstance(optimizer, muon.MuonAdamW):
+        muon.bind(optimizer, engine)
     _skip_at_the_lowest_scale(engine)
     return engine
 

@@ -200,9 +200,9 @@ def uncount_step(engine: DeepSpeedEngine) -> None:
 
 
 def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
-    """The learning rate of the next optimizer update, in every parameter group."""
+    """The learning rate of the next optimizer update: `rate` is AdamW's, and Muon's is in proportion to it."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_ratio", 1.0)
 
 
 def reduced_gradient_norm(engine: DeepSpeedEngine) -> torch.Tensor | None:

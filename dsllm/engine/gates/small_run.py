@@ -63,7 +63,11 @@ def shrink(spec: Spec) -> Spec:
             "tokenizer": BpeTokenizer(kind="bpe", vocab_size=VOCAB_SIZE),
             "training": training,
             "optimizer": Optimizer(
-                learning_rate=LEARNING_RATE, weight_decay=0.0, gradient_clipping=spec.optimizer.gradient_clipping
+                name=spec.optimizer.name,
+                learning_rate=LEARNING_RATE,
+                weight_decay=0.0,
+                gradient_clipping=spec.optimizer.gradient_clipping,
+                fused=spec.optimizer.fused,
             ),
         }
     )
