@@ -10,6 +10,7 @@ from deepspeed.accelerator import get_accelerator
 
 from dsllm.engine.optimizer import own_optimizer, parameter_groups
 from dsllm.engine.ranks import device_type
+from dsllm.engine.starting_point import StartingPoint
 from dsllm.errors import UserError
 from dsllm.model.build import (
     DTYPES,
@@ -24,15 +25,18 @@ from dsllm.plan.workload import CHECKPOINTED_BLOCKS, LossImplementation
 from dsllm.spec.sections import Precision, Spec
 
 
-def start_engine(spec: Spec, ds_config: dict[str, Any]) -> DeepSpeedEngine:
-    """The initialised model of `spec` under DeepSpeed; collective, on every rank.
+def start_engine(spec: Spec, ds_config: dict[str, Any], start: StartingPoint | None = None) -> DeepSpeedEngine:
+    """The model of `spec` under DeepSpeed, its weights those of `start`, or drawn at random; collective, on every rank.
 
     Raises UserError where the device cannot compute in the spec's precision.
     """
     check_precision(spec.training.precision)
     partitioned = ds_config if spec.zero.stage == 3 else None
     causal_lm = build_model(model_config(spec), DTYPES[spec.training.precision], partitioned)
-    initialize_weights(causal_lm, spec.seed)
+    if start is not None:
+        start.set_weights(causal_lm)
+    else:
+        initialize_weights(causal_lm, spec.seed)
     if spec.training.activation_checkpointing != "none":
         enable_activation_checkpointing(causal_lm, CHECKPOINTED_BLOCKS[spec.training.activation_checkpointing])
     if spec.training.compile:

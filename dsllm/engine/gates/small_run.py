@@ -24,7 +24,7 @@ from dsllm.engine.trainer import set_learning_rate, train_step
 from dsllm.model.build import build_model, model_config
 from dsllm.model.gather import gathered
 from dsllm.plan.model_shape import model_shape
-from dsllm.spec.sections import Batch, BpeTokenizer, Model, Optimizer, Spec, Zero
+from dsllm.spec.sections import Batch, BpeTokenizer, Model, Optimizer, Scratch, Spec, Zero
 
 VOCAB_SIZE = 300
 SEQUENCE_LENGTH = 32
@@ -149,6 +149,7 @@ def release_engines() -> None:
 def _narrow(model: Model) -> Model:
     has_groups = model.num_key_value_heads not in (None, model.num_attention_heads)
     shape: dict[str, Any] = {
+        "init": Scratch(),
         "num_layers": 2,
         "hidden_size": 64,
         "num_attention_heads": 4,
