@@ -105,7 +105,14 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     import torch
 
     from dsllm.checkpoint.layout import run_folder_of
-    from dsllm.checkpoint.resume import candidates, check_same_data, check_same_run, conversion, load_checkpoint
+    from dsllm.checkpoint.resume import (
+        candidates,
+        check_same_data,
+        check_same_run,
+        conversion,
+        load_checkpoint,
+        started_from,
+    )
     from dsllm.checkpoint.retention import foretell_room
     from dsllm.checkpoint.save import CheckpointSaver
     from dsllm.checkpoint.verify import first_sound
@@ -120,6 +127,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.engine.memory_meter import MemoryMeter
     from dsllm.engine.run_folder import describe_run, make_passport
     from dsllm.engine.start import loss_implementation, start_engine
+    from dsllm.engine.starting_point import FROM_SCRATCH, open_starting_point
     from dsllm.engine.trainer import Question, train
     from dsllm.launch.devices import calibration_file
     from dsllm.model.shapes import shape_of
@@ -138,6 +146,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
         ranks.on_rank_0(lambda: check_same_run(spec, checkpoint))
+    start = open_starting_point(spec) if checkpoint is None else None  # a run that goes on needs none any more
 
     # What is to be done, on what.
     shape = shape_of(spec)
@@ -156,7 +165,10 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     activity("preparing tokens")
     data = inputs.ready_data(spec, folder)
     activity("starting")
-    passport = ranks.on_rank_0(lambda: make_passport(spec, world.size, ranks.device_name(), data))
+    if start is not None:
+        start.check_tokenizer(folder.tokenizer)
+    init = started_from(checkpoint) if checkpoint is not None else start.facts if start is not None else FROM_SCRATCH
+    passport = ranks.on_rank_0(lambda: make_passport(spec, world.size, ranks.device_name(), data, init))
     if checkpoint is not None:
         ranks.on_rank_0(lambda: check_same_data(checkpoint, passport))
 
@@ -165,9 +177,9 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     checks = check_small_model(spec, world, asked, activity) if is_checked else []
     memory = MemoryMeter(allocator(device))
     with exhausted.explained(needs, memory, "at the start of the engine"):
-        engine = start_engine(spec, ds_config)
+        engine = start_engine(spec, ds_config, start)
     if is_checked:
-        conclude([check_weights(engine.module.causal_lm), *checks], folder.checks)
+        conclude([check_weights(engine.module.causal_lm, start), *checks], folder.checks)
     torch.manual_seed(spec.seed + world.rank)  # for dropout: weights and data have generators of their own
     first_step = 0
     if checkpoint is not None:
@@ -245,6 +257,7 @@ def check_start(spec: Spec, run_dir: Path) -> None:
     from dsllm.engine.requests import Requests
     from dsllm.engine.run_folder import RunFolder, log_to
     from dsllm.engine.start import start_engine
+    from dsllm.engine.starting_point import open_starting_point
     from dsllm.model.configs import with_written_config
     from dsllm.model.shapes import shape_of
 
@@ -254,9 +267,10 @@ def check_start(spec: Spec, run_dir: Path) -> None:
     spec = ranks.on_rank_0(lambda: with_written_config(spec))
     # nothing is read by it: where the spec leaves the micro-batch open, one that always divides will do
     ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size=1, shape=shape_of(spec))
+    start = open_starting_point(spec)
     checks = check_small_model(spec, world, Requests(), Activity())
-    engine = start_engine(spec, ds_config)
-    conclude([check_weights(engine.module.causal_lm), *checks], folder.checks)
+    engine = start_engine(spec, ds_config, start)
+    conclude([check_weights(engine.module.causal_lm, start), *checks], folder.checks)
 
 
 def _speaks_for_others(place: Place) -> bool:

@@ -16,9 +16,17 @@ FIRST_LOSS_TOLERANCE = 3.0
 """Nats that the first loss may lie from its expectation. A missing initialisation is off by tens."""
 
 
-def check_first_loss(loss: float, untrained_loss: float) -> None:
-    """Raises TrainingError where the first loss is absurd for a model that knows nothing, whose is `untrained_loss`."""
+def check_first_loss(loss: float, untrained_loss: float, *, is_untrained: bool = True) -> None:
+    """Raises TrainingError where the first loss is absurd for a model that knows nothing, whose is `untrained_loss`; or
+    for one that has learned something: far above that."""
     logger.info("first loss %.3f; a model that has learned nothing has %.3f", loss, untrained_loss)
+    if not is_untrained:
+        if loss - untrained_loss > FIRST_LOSS_TOLERANCE:
+            raise TrainingError(
+                f"step 1: the loss is {loss:.2f}, where even an untrained model has {untrained_loss:.2f}; the model of "
+                "model.init.name has not learned these tokens: compare its tokenizer with the run's"
+            )
+        return
     if abs(loss - untrained_loss) > FIRST_LOSS_TOLERANCE:
         raise TrainingError(
             f"step 1: the loss is {loss:.2f}, where an untrained model has {untrained_loss:.2f} (about ln of the "

@@ -11,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from dsllm.engine import muon
 from dsllm.engine.optimizer import own_optimizer, parameter_groups
 from dsllm.engine.ranks import device_type
+from dsllm.engine.starting_point import StartingPoint
 from dsllm.errors import UserError
 from dsllm.model.build import (
     DTYPES,
@@ -26,8 +27,8 @@ from dsllm.plan.workload import CHECKPOINTED_BLOCKS, LossImplementation
 from dsllm.spec.sections import Precision, Spec
 
 
-def start_engine(spec: Spec, ds_config: dict[str, Any]) -> DeepSpeedEngine:
-    """The initialised model of `spec` under DeepSpeed; collective, on every rank.
+def start_engine(spec: Spec, ds_config: dict[str, Any], start: StartingPoint | None = None) -> DeepSpeedEngine:
+    """The model of `spec` under DeepSpeed, its weights those of `start`, or drawn at random; collective, on every rank.
 
     Raises UserError where the device cannot compute in the spec's precision, or dsllm cannot train the model type.
     """
@@ -37,7 +38,10 @@ def start_engine(spec: Spec, ds_config: dict[str, Any]) -> DeepSpeedEngine:
         check_suitable(config, spec.zero.stage)
     partitioned = ds_config if spec.zero.stage == 3 else None
     causal_lm = build_model(config, DTYPES[spec.training.precision], partitioned)
-    initialize_weights(causal_lm, spec.seed)
+    if start is not None:
+        start.set_weights(causal_lm)
+    else:
+        initialize_weights(causal_lm, spec.seed)
     if spec.training.activation_checkpointing != "none":
         enable_activation_checkpointing(causal_lm, CHECKPOINTED_BLOCKS[spec.training.activation_checkpointing])
     if spec.training.compile:

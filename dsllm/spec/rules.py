@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dsllm.errors import UserError
 from dsllm.spec.derived import (
     PRETRAINED_VOCAB_SIZES,
     experts,
@@ -20,6 +21,7 @@ from dsllm.spec.derived import (
     train_steps,
     vocab_size,
 )
+from dsllm.spec.layers import layer_numbers, parse_layers
 
 if TYPE_CHECKING:
     from dsllm.spec.sections import AnyModel, Batch, Data, Launch, Schedule, Section, Tokenizer, Training, Zero
@@ -184,6 +186,23 @@ def model_holds_the_vocabulary(model: AnyModel, tokenizer: Tokenizer) -> Iterato
         yield (
             f"model.vocab_size: given {model.vocab_size}; the tokenizer has {size} tokens and the model must know them "
             f"all; set it to {size} or more, or remove it"
+        )
+
+
+@rule
+def listed_layers_are_the_models(model: AnyModel) -> Iterator[str]:
+    layers = model.init.layers if model.init.kind == "pretrained" else None
+    if layers is None:
+        return
+    try:
+        count = len(layer_numbers(parse_layers(layers, "model.init.layers")))
+    except UserError as error:
+        yield str(error)
+        return
+    if model.family != "auto" and model.num_layers != count:
+        yield (
+            f"model.num_layers: given {model.num_layers}; model.init.layers lists {count} layers, '{layers}'; set "
+            f"model.num_layers to {count}, or list others"
         )
 
 

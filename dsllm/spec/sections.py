@@ -29,7 +29,6 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 OffloadDevice = Literal["none", "cpu", "nvme"]
 Precision = Literal["bf16", "fp16", "fp32"]
 LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-LAYERS_PATTERN = r"^\d+(-\d+)?(,\d+(-\d+)?)*$"
 
 
 class Section(BaseModel):
@@ -60,9 +59,9 @@ class Pretrained(Section):
     """A Hugging Face folder, such as `dsllm export` and `dsllm grow` write, or a name on the Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    layers: Annotated[str, Field(pattern=LAYERS_PATTERN)] | None = None
-    """Which of its layers, counted from 0, become those of the model, in order: `0-7,4-11` makes 16 of 12 (depth
-    up-scaling), `0-4,7-11` makes 10. All when absent."""
+    layers: str | None = None
+    """Which of its layers, counted from 0, become those of the model, in order: "0-7,4-11" makes 16 of 12 (depth
+    up-scaling), "0-4,7-11" makes 10. All when absent."""
 
 
 Init = Annotated[Scratch | Pretrained, Field(discriminator="kind")]

@@ -26,7 +26,7 @@ from dsllm.model.gather import gathered
 from dsllm.model.narrow import narrowed
 from dsllm.model.shapes import shape_of
 from dsllm.spec.derived import experts
-from dsllm.spec.sections import AnyModel, Batch, BpeTokenizer, Optimizer, Spec, Zero
+from dsllm.spec.sections import AnyModel, Batch, BpeTokenizer, Optimizer, Scratch, Spec, Zero
 
 VOCAB_SIZE = 300
 SEQUENCE_LENGTH = 32
@@ -156,10 +156,12 @@ def _narrow(spec: Spec) -> AnyModel:
     model = spec.model
     if model.family == "auto":
         config = narrowed(model_config(spec), vocab_size=VOCAB_SIZE, positions=SEQUENCE_LENGTH)
-        return model.model_copy(update={"config": config.to_dict(), "vocab_size": None, "vocab_padding_multiple": 128})
+        written = {"config": config.to_dict(), "vocab_size": None, "vocab_padding_multiple": 128}
+        return model.model_copy(update={"init": Scratch(), **written})
     has_groups = model.num_key_value_heads not in (None, model.num_attention_heads)
     num_experts, num_experts_per_token = experts(model)
     shape: dict[str, Any] = {
+        "init": Scratch(),
         "num_layers": 2,
         "hidden_size": 64,
         "num_attention_heads": 4,
