@@ -24,6 +24,7 @@ from dsllm.cli import (
     launch,
     models,
     plan,
+    speak,
     spec,
     tokenizer,
 )
@@ -64,7 +65,8 @@ def common(
 
 trained = typer.Typer(rich_markup_mode=None)
 trained.command()(models.export)
-trained.command()(models.generate)
+trained.command()(speak.generate)
+trained.command()(speak.chat)
 
 # in the order in which a user meets them
 app.add_typer(spec.app)
