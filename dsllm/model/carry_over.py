@@ -66,14 +66,14 @@ class CarryOver:
             raise UserError(f"{folder}: it has no {origin}, of which {name} would be made; list other layers")
         if name in self._positions and shape[0] > theirs[0]:
             raise UserError(
-                f"model.max_position_embeddings: given {shape[0]}; {folder} has learned {theirs[0]} positions, of which "
-                f"no more can be made; set it to {theirs[0]} or less"
+                f"model.max_position_embeddings: given {shape[0]}; {folder} has learned {theirs[0]} positions, and no "
+                f"more can be had; set it to {theirs[0]} or less"
             )
         cut = 1 if name in self._vocabulary or name in self._positions else 0
         if shape[cut:] != theirs[cut:]:
             raise UserError(
-                f"{folder}: {origin} is {_by(theirs)} where its config.json means {_by(shape)}; bring configuration and "
-                "weights together from one model"
+                f"{folder}: {origin} is {_by(theirs)} where its config.json means {_by(shape)}; bring the two "
+                "together from one model"
             )
 
 

@@ -50,7 +50,7 @@ def blocks_name(model: PreTrainedModel) -> str:
     ]
     if len(names) != 1:
         raise UserError(
-            f"model.init.layers: a model of type {model.config.model_type} has {len(names)} lists of layers, and which "
-            "are meant must be clear; take the model as it is"
+            f"{model.config.model_type}: a model of this type has {len(names)} lists of layers, and from which one "
+            "to take them must be clear; take the model as it is"
         )
     return names[0]
