@@ -88,6 +88,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str, limit: TimeLimit, envir
     """One run, on every rank: they meet, and from then on none waits for one that hangs or has died."""
     from dsllm.engine import ranks, watchdog
     from dsllm.engine.run_folder import RunFolder, log_to
+    from dsllm.model.configs import with_written_config
 
     world = ranks.join(watchdog.patience_seconds(spec.guards.hang_seconds))
     if environment_file is not None:
@@ -95,6 +96,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str, limit: TimeLimit, envir
     folder = RunFolder(run_dir)
     log_to(folder.logs, world.rank)
     with watchdog.watch(world, folder.logs, spec.guards.hang_seconds) as activity:
+        spec = ranks.on_rank_0(lambda: with_written_config(spec))
         carry_out(spec, world, folder, resume, limit, activity)
 
 
@@ -128,6 +130,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.engine.starting_point import FROM_SCRATCH, open_starting_point
     from dsllm.engine.trainer import Question, train
     from dsllm.launch.devices import calibration_file
+    from dsllm.model.shapes import shape_of
     from dsllm.plan.batch import resolve_batch
     from dsllm.plan.calibration import read_constants
     from dsllm.plan.cost import checkpoint_bytes
@@ -146,7 +149,8 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     start = open_starting_point(spec) if checkpoint is None else None  # a run that goes on needs none any more
 
     # What is to be done, on what.
-    run, device = workload(spec, loss_implementation(spec)), ranks.device_type()
+    shape = shape_of(spec)
+    run, device = workload(spec, loss_implementation(spec), shape), ranks.device_type()
     constants = ranks.on_rank_0(lambda: read_constants(calibration_file()).get(ranks.device_name()))
     beside_tensors = (constants.runtime_bytes, constants.reserved_ratio or 1.0) if constants else ()
     micro_batch_size = choose_micro_batch(run, world.size, ranks.memory_bytes(world), device, *beside_tensors)
@@ -157,7 +161,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     needs = exhausted.Needs(Way(run, world.size, micro_batch_size), predict, world)
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
-    ds_config = build_ds_config(spec, world.size, device, micro_batch_size)
+    ds_config = build_ds_config(spec, world.size, device, micro_batch_size, shape)
     activity("preparing tokens")
     data = inputs.ready_data(spec, folder)
     activity("starting")
@@ -254,12 +258,15 @@ def check_start(spec: Spec, run_dir: Path) -> None:
     from dsllm.engine.run_folder import RunFolder, log_to
     from dsllm.engine.start import start_engine
     from dsllm.engine.starting_point import open_starting_point
+    from dsllm.model.configs import with_written_config
+    from dsllm.model.shapes import shape_of
 
     world = ranks.join()
     folder = RunFolder(run_dir)
     log_to(folder.logs, world.rank)
+    spec = ranks.on_rank_0(lambda: with_written_config(spec))
     # nothing is read by it: where the spec leaves the micro-batch open, one that always divides will do
-    ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size=1)
+    ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size=1, shape=shape_of(spec))
     start = open_starting_point(spec)
     checks = check_small_model(spec, world, Requests(), Activity())
     engine = start_engine(spec, ds_config, start)

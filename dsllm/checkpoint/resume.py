@@ -42,6 +42,7 @@ SAME_RUN = (
     "data.packing",
     "data.mask_documents",
     "batch",
+    "optimizer.name",
 )
 """Fields that a run cannot change half-way: with another value it would be another run."""
 FREE = ("batch.micro_batch_size", "model.attention", "model.init.name", "model.init.revision")

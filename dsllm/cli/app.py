@@ -25,6 +25,7 @@ from dsllm.cli import (
     launch,
     models,
     plan,
+    speak,
     spec,
     tokenizer,
 )
@@ -65,8 +66,9 @@ def common(
 
 trained = typer.Typer(rich_markup_mode=None)
 trained.command()(models.export)
-trained.command()(models.generate)
 trained.command()(grow.grow)
+trained.command()(speak.generate)
+trained.command()(speak.chat)
 
 # in the order in which a user meets them
 app.add_typer(spec.app)

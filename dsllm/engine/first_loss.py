@@ -7,6 +7,7 @@ import math
 
 from dsllm.errors import TrainingError
 from dsllm.plan.model_shape import ModelShape
+from dsllm.spec.derived import initializer_range
 from dsllm.spec.sections import Spec
 
 logger = logging.getLogger(__name__)
@@ -39,4 +40,4 @@ def untrained_loss(shape: ModelShape, spec: Spec) -> float:
     Logits of a normalised state of width h with weights of deviation s have variance h x s^2; the mean of
     log(sum(exp)) of normal logits exceeds ln(vocabulary) by half of it.
     """
-    return math.log(shape.padded_vocab_size) + 0.5 * shape.hidden_size * spec.model.initializer_range**2
+    return math.log(shape.padded_vocab_size) + 0.5 * shape.hidden_size * initializer_range(spec.model) ** 2

@@ -8,6 +8,7 @@ import deepspeed
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 
+from dsllm.engine import muon
 from dsllm.engine.optimizer import own_optimizer, parameter_groups
 from dsllm.engine.ranks import device_type
 from dsllm.engine.starting_point import StartingPoint
@@ -21,6 +22,7 @@ from dsllm.model.build import (
 )
 from dsllm.model.initialize import initialize_weights
 from dsllm.model.loss import TrainingModel, fused_loss_is_installed
+from dsllm.model.suitability import check_suitable
 from dsllm.plan.workload import CHECKPOINTED_BLOCKS, LossImplementation
 from dsllm.spec.sections import Precision, Spec
 
@@ -28,11 +30,14 @@ from dsllm.spec.sections import Precision, Spec
 def start_engine(spec: Spec, ds_config: dict[str, Any], start: StartingPoint | None = None) -> DeepSpeedEngine:
     """The model of `spec` under DeepSpeed, its weights those of `start`, or drawn at random; collective, on every rank.
 
-    Raises UserError where the device cannot compute in the spec's precision.
+    Raises UserError where the device cannot compute in the spec's precision, or dsllm cannot train the model type.
     """
     check_precision(spec.training.precision)
+    config = model_config(spec)
+    if spec.model.family == "auto":
+        check_suitable(config, spec.zero.stage)
     partitioned = ds_config if spec.zero.stage == 3 else None
-    causal_lm = build_model(model_config(spec), DTYPES[spec.training.precision], partitioned)
+    causal_lm = build_model(config, DTYPES[spec.training.precision], partitioned)
     if start is not None:
         start.set_weights(causal_lm)
     else:
@@ -42,10 +47,11 @@ def start_engine(spec: Spec, ds_config: dict[str, Any], start: StartingPoint | N
     if spec.training.compile:
         compile_blocks(causal_lm)
     model = TrainingModel(causal_lm, loss_implementation(spec))
-    groups = parameter_groups(model, spec.optimizer.weight_decay)
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups, optimizer=own_optimizer(spec, groups), config=ds_config
-    )
+    groups = parameter_groups(model, spec.optimizer)
+    optimizer = own_optimizer(spec, groups)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=ds_config)
+    if isinstance(optimizer, muon.MuonAdamW):
+        muon.bind(optimizer, engine)
     _skip_at_the_lowest_scale(engine)
     return engine
 

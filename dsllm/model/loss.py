@@ -15,6 +15,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dsllm.data.samples import IGNORED_LABEL
+from dsllm.errors import UserError
+from dsllm.model.balance import balance_of, with_gradient_of
 from dsllm.model.document_mask import document_mask
 from dsllm.plan.activations import CHUNK_LOGITS_BYTES, PRODUCT_BYTES
 from dsllm.plan.workload import LossImplementation
@@ -27,6 +29,9 @@ class TrainingModel(nn.Module):
         super().__init__()
         causal_lm.set_output_embeddings(LossHead(causal_lm.get_output_embeddings(), implementation))
         self.causal_lm = causal_lm
+        self.balance = balance_of(causal_lm)
+        self.balance_loss: torch.Tensor | None = None
+        """Of the last micro-batch that was trained on, its weight left out; None for a model without experts."""
 
     def forward(
         self,
@@ -41,19 +46,29 @@ class TrainingModel(nn.Module):
         `input_ids` and `labels` are (sequences, sequence_length); `labels` are already shifted, -100 is left out. With
         `position_ids`, of the same shape, attention stays within a document: see document_mask.py. Without `labels`
         the logits of every position, (sequences, sequence_length, padded vocabulary).
-        """
-        hidden = self._hidden_states(input_ids, position_ids)
-        return self.causal_lm.get_output_embeddings()(hidden, labels, loss_tokens)
 
-    def _hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """Of the last block, normalised. In a function of its own, so that a mask which no kernel keeps for backward is
-        gone before the loss."""
-        documents = {}
+        In training, a model with experts has the balancing loss in its gradients: see balance.py.
+        """
+        balance = self.balance if self.training and labels is not None else None
+        hidden, router_logits = self._hidden_states(input_ids, position_ids, balance is not None)
+        loss = self.causal_lm.get_output_embeddings()(hidden, labels, loss_tokens)
+        if balance is None:
+            return loss
+        balance_loss = balance.loss(router_logits, len(input_ids))
+        self.balance_loss = balance_loss.detach()
+        return with_gradient_of(loss, balance.weight * balance_loss)
+
+    def _hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, wants_routers: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Of the last block, normalised; and the logits of every block's router where they are wanted. In a function of
+        its own, so that a mask which no kernel keeps for backward is gone before the loss."""
+        extras: dict[str, Any] = {"output_router_logits": True} if wants_routers else {}
         if position_ids is not None:
             mask = document_mask(position_ids, self.causal_lm.dtype)
-            documents = {"position_ids": position_ids, "attention_mask": mask}
-        hidden: torch.Tensor = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **documents)[0]
-        return hidden
+            extras |= {"position_ids": position_ids, "attention_mask": mask}
+        output = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **extras)
+        return output[0], output.router_logits if wants_routers else ()
 
 
 class LossHead(nn.Module):
@@ -65,7 +80,7 @@ class LossHead(nn.Module):
     def __init__(self, projection: nn.Linear, implementation: LossImplementation) -> None:
         super().__init__()
         if projection.bias is not None:
-            raise ValueError("an output projection with a bias has no chunked loss here")
+            raise UserError("model.config: a biased output projection; choose another model type")
         self.weight = projection.weight
         self.implementation = implementation
 

@@ -70,6 +70,8 @@ Init = Annotated[Scratch | Pretrained, Field(discriminator="kind")]
 class ModelSection(Section):
     """What every model has."""
 
+    family: str
+    """The architecture; each kind of model says which."""
     init: Init = Scratch()
     """The weights that training starts from."""
     vocab_size: PositiveInt | None = None
