@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +14,27 @@ from transformers import GPT2Config, PreTrainedModel
 from dsllm.errors import SpecError, UserError
 from dsllm.model.build import DTYPES, build_model, model_config
 from dsllm.model.carry_over import open_carry_over
+from dsllm.model.configs import with_written_config
 from dsllm.model.source_tokenizer import refuse_another_tokenizer, tokens_by_id
-from dsllm.spec.load import load_spec
+from dsllm.spec.load import dump_spec, load_spec
 from dsllm.spec.sections import Spec
-from tests.small_models import small_config, write_model
+from tests.small_models import BLOCKS, origins, small_config, spec_model, write_model, write_tokenizer
 
-BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers"}
 FAMILIES = pytest.mark.parametrize("family", BLOCKS)
 
 
 def spec_from(folder: Path, family: str, num_layers: int, layers: str | None = None, *overrides: str) -> Spec:
-    """A spec of the small model's shape that starts from `folder`, over 500 tokens."""
-    shape = f"family: {family}, num_layers: {num_layers}, hidden_size: 64, num_attention_heads: 4"
-    if family == "llama":
-        shape += ", num_key_value_heads: 2, intermediate_size: 256"
+    """A spec of the small model's network that starts from `folder`, over 500 tokens."""
+    tokens = ["tokenizer={kind: bpe, vocab_size: 500}", "batch.sequence_length=16"]
+    return load_spec("quickstart", [spec_model(family, folder, num_layers, layers), *tokens, *overrides])
+
+
+def automatic(folder: Path, layers: str | None = None, *overrides: str) -> Spec:
+    """A spec that leaves the network to the model in `folder`."""
     listed = f", layers: '{layers}'" if layers else ""
+    model = f"model={{family: auto, vocab_size: 500, init: {{kind: pretrained, name: '{folder}'{listed}}}}}"
     return load_spec(
-        "quickstart",
-        [
-            f"model={{{shape}, max_position_embeddings: 32, init: {{kind: pretrained, name: '{folder}'{listed}}}}}",
-            "tokenizer={kind: bpe, vocab_size: 500}",
-            "batch.sequence_length=16",
-            *overrides,
-        ],
+        "quickstart", [model, "tokenizer={kind: bpe, vocab_size: 500}", "batch.sequence_length=16", *overrides]
     )
 
 
@@ -69,16 +69,62 @@ def test_each_layer_is_the_one_that_is_listed_and_all_else_is_carried_over(
         tmp_path, family, len(expected), layers, "model.vocab_padding_multiple=1", "training.precision=fp32"
     )
     found, blocks = dict(started(spec).named_parameters()), BLOCKS[family]
-    of_layers = {
-        f"{blocks}.{number}.{name.removeprefix(f'{blocks}.{old}.')}": name
-        for number, old in enumerate(expected)
-        for name in source
-        if name.startswith(f"{blocks}.{old}.")
-    }
-    others = {name: name for name in source if not name.startswith(blocks)}
-    assert found.keys() == of_layers.keys() | others.keys()
-    for name, old in (of_layers | others).items():
-        assert torch.equal(found[name], source[old]), f"{name} is not {old}"
+    expected_origins = origins(list(source), blocks, expected)
+    assert found.keys() == expected_origins.keys()
+    for name, origin in expected_origins.items():
+        assert torch.equal(found[name], source[origin]), f"{name} is not {origin}"
+
+
+@pytest.mark.parametrize("layers", [None, "0-1,1-2"])
+def test_an_automatic_model_takes_the_sources_configuration_with_the_listed_layers(
+    tmp_path: Path, layers: str | None
+) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    windows = {"layer_types": kinds, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+    source = dict(write_model(tmp_path, small_config("qwen2", **windows)).named_parameters())
+    numbers = [0, 1, 2] if layers is None else [0, 1, 1, 2]
+    model = started(automatic(tmp_path, layers, "training.precision=fp32"))
+    assert model.config.layer_types == [kinds[number] for number in numbers]
+    for name, origin in origins(list(source), BLOCKS["qwen2"], numbers).items():
+        found, expected = model.get_parameter(name), source[origin]
+        assert torch.equal(found[: len(expected)], expected), f"{name} is not {origin}"
+
+
+def test_an_automatic_model_of_layers_that_the_source_has_not_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, small_config("qwen2"))
+    with pytest.raises(UserError, match=r"^model\.init\.layers: given '0-3', with layer 3; .* has layers 0 to 2; name"):
+        automatic(tmp_path, "0-3")
+
+
+def test_a_configuration_that_does_not_say_its_depth_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, small_config("qwen2"))
+    keys = json.loads((tmp_path / "config.json").read_text())
+    del keys["num_hidden_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    with pytest.raises(UserError, match=r"^model\.init\.layers: the config\.json of the model does not say how many"):
+        automatic(tmp_path, "0-1")
+
+
+def test_an_automatic_model_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, small_config("qwen2"))
+    keys = small_config("qwen2", rms_norm_eps=1e-6).to_diff_dict()
+    spec = automatic(tmp_path, None, f"model.config={json.dumps({**keys, 'model_type': 'qwen2'})}")
+    assert problems(spec) == [
+        f"model.config: rms_norm_eps is 1e-06; {tmp_path} has 1e-05; leave model.config out to take that of {tmp_path}"
+    ]
+
+
+def test_a_run_goes_on_with_the_configuration_it_began_with_when_the_source_is_gone(tmp_path: Path) -> None:
+    source, run_spec = tmp_path / "source", tmp_path / "spec.yaml"
+    write_model(source, small_config("qwen2"))
+    began = automatic(source, "0-1,1-2")
+    run_spec.write_text(dump_spec(began))
+    shutil.rmtree(source)
+    now = automatic(source, "0-1,1-2")
+    assert now.model.config is None
+    assert with_written_config(now, run_spec) == began
+    with pytest.raises(UserError, match=r"^model\.config: given '.*source'"):
+        with_written_config(now, tmp_path / "none.yaml")
 
 
 def test_weights_take_the_precision_of_the_training(tmp_path: Path) -> None:
@@ -196,7 +242,7 @@ def test_fewer_learned_positions_are_the_first_of_the_sources(tmp_path: Path) ->
 
 
 def test_more_learned_positions_are_refused_and_more_rotary_ones_are_not(tmp_path: Path) -> None:
-    for family in BLOCKS:
+    for family in ("gpt2", "llama"):
         write_model(tmp_path / family, small_config(family))
     more = "model.max_position_embeddings=64"
     assert refusal(spec_from(tmp_path / "gpt2", "gpt2", 3, None, more)) == (
@@ -297,13 +343,3 @@ def problems(spec: Spec) -> list[str]:
     with pytest.raises(SpecError) as refused:
         open_carry_over(spec, spec.model.init)
     return refused.value.problems
-
-
-def write_tokenizer(folder: Path, num_tokens: int) -> None:
-    """A tokenizer of whole words."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"word{number}": number for number in range(num_tokens)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

@@ -16,13 +16,9 @@ from dsllm.cli.app import app
 from dsllm.errors import DsllmError, UserError
 from dsllm.model import grow as grow_module
 from dsllm.model.grow import grow
-from tests.small_models import small_config, write_model
-from tests.test_carry_over import write_tokenizer
-from tests.test_source import mixtral
+from tests.small_models import BLOCKS, origins, small_config, write_model, write_tokenizer
 
 WHOLE = 10**9
-BLOCKS = {"gpt2": "transformer.h", "llama": "model.layers", "mixtral": "model.layers"}
-CONFIGS = {"gpt2": small_config("gpt2", 12), "llama": small_config("llama", 12), "mixtral": mixtral()}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +27,9 @@ CONFIGS = {"gpt2": small_config("gpt2", 12), "llama": small_config("llama", 12),
         ("gpt2", "0-7,4-11", [*range(8), *range(4, 12)]),
         ("llama", "0-7,4-11", [*range(8), *range(4, 12)]),
         ("llama", "0-4,7-11", [*range(5), *range(7, 12)]),
+        ("mistral", "0-1,1,0", [0, 1, 1, 0]),
+        ("qwen2", "0-1,1,0", [0, 1, 1, 0]),
+        ("qwen3", "0-1,1,0", [0, 1, 1, 0]),
         ("mixtral", "0-1,1,0", [0, 1, 1, 0]),
     ],
 )
@@ -38,17 +37,13 @@ CONFIGS = {"gpt2": small_config("gpt2", 12), "llama": small_config("llama", 12),
 def test_transformers_finds_each_tensor_of_the_source_where_the_list_says(
     tmp_path: Path, family: str, layers: str, expected: list[int], max_shard_bytes: int
 ) -> None:
-    source = dict(write_model(tmp_path / "source", CONFIGS[family]).named_parameters())
+    source = dict(write_model(tmp_path / "source", small_config(family, 1 + max(expected))).named_parameters())
     grow(str(tmp_path / "source"), tmp_path / "grown", layers, max_shard_bytes=max_shard_bytes)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
     assert model.config.num_hidden_layers == len(expected)
-    blocks, found = BLOCKS[family], dict(model.named_parameters())
-    origins = {name: name for name in source if not name.startswith(blocks)}
-    for number, old in enumerate(expected):
-        rest = [name.removeprefix(f"{blocks}.{old}.") for name in source if name.startswith(f"{blocks}.{old}.")]
-        origins |= {f"{blocks}.{number}.{name}": f"{blocks}.{old}.{name}" for name in rest}
-    assert found.keys() == origins.keys()
-    for name, origin in origins.items():
+    found, expected_origins = dict(model.named_parameters()), origins(list(source), BLOCKS[family], expected)
+    assert found.keys() == expected_origins.keys()
+    for name, origin in expected_origins.items():
         assert torch.equal(found[name], source[origin]), f"{name} is not {origin}"
     assert ((tmp_path / "grown" / "model.safetensors").exists()) == (max_shard_bytes == WHOLE)
 

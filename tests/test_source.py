@@ -8,28 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dsllm.errors import UserError
 from dsllm.model.source import Source, build_skeleton, read_config
 from dsllm.model.source_files import find_folder, weight_files
-from tests.small_models import small_config, write_model
+from tests.small_models import BLOCKS, small_config, write_model
 
 WHOLE = 10**9
 
 
-def mixtral() -> MixtralConfig:
-    """Its files hold each expert by itself; its modules all experts of a layer in two tensors."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=4, **sizes)
-
-
-CONFIGS = {
-    "gpt2": small_config("gpt2"),
-    "llama": small_config("llama"),
-    "llama, untied": small_config("llama", tie_word_embeddings=False),
-    "mixtral": mixtral(),
-}
+CONFIGS = {family: small_config(family) for family in BLOCKS}
+CONFIGS["llama, untied"] = small_config("llama", tie_word_embeddings=False)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -10,12 +10,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dsllm.errors import UserError
 from dsllm.model.build import model_config
-from dsllm.model.depth import blocks_name, chosen_layers, with_layers
+from dsllm.model.depth import blocks_name, with_layers
 from dsllm.model.same_network import refuse_another_network
 from dsllm.model.source import Source, build_skeleton
 from dsllm.model.source_files import find_folder
 from dsllm.model.source_tokenizer import tokens_by_id
 from dsllm.model.vocabulary_rows import VocabularyRows, vocabulary_rows
+from dsllm.spec.layers import chosen_layers
 from dsllm.spec.sections import Pretrained, Spec
 
 
@@ -85,7 +86,7 @@ def open_carry_over(spec: Spec, init: Pretrained) -> tuple[CarryOver, dict[int, 
     source = Source(find_folder(init.name, init.revision))
     layers, theirs = None, source.config
     if init.layers is not None:
-        layers = chosen_layers(init.layers, "model.init.layers", source.config, init.name)
+        layers = chosen_layers(init.layers, "model.init.layers", source.config.num_hidden_layers, init.name)
         theirs = with_layers(source.config, layers)
     config = model_config(spec)
     refuse_another_network(spec.model, config, theirs, init.name)

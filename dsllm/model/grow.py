@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 
 from dsllm.errors import DsllmError, UserError
 from dsllm.model.conversion import Conversion
-from dsllm.model.depth import blocks_name, chosen_layers, with_layers
+from dsllm.model.depth import blocks_name, with_layers
 from dsllm.model.source import Source, build_skeleton
 from dsllm.model.source_files import SAFETENSORS, find_folder
-from dsllm.spec.layers import parse_layers
+from dsllm.spec.layers import chosen_layers, parse_layers
 
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 """Endings of weights and of their indices. The README says what the source is, and not what is made of it."""
@@ -59,7 +59,7 @@ def grow(name: str, output: Path, layers: str, *, revision: str | None = None, m
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"{output}: not empty; choose another folder for the new model, or empty it")
     source = Source(find_folder(name, revision))
-    numbers = chosen_layers(layers, "--layers", source.config, name)
+    numbers = chosen_layers(layers, "--layers", source.config.num_hidden_layers, name)
     moves = _moves(source, numbers)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
