@@ -96,7 +96,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str, limit: TimeLimit, envir
     folder = RunFolder(run_dir)
     log_to(folder.logs, world.rank)
     with watchdog.watch(world, folder.logs, spec.guards.hang_seconds) as activity:
-        spec = ranks.on_rank_0(lambda: with_written_config(spec))
+        spec = ranks.on_rank_0(lambda: with_written_config(spec, folder.spec))
         carry_out(spec, world, folder, resume, limit, activity)
 
 

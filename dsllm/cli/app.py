@@ -20,6 +20,7 @@ from dsllm.cli import (
     data,
     doctor,
     estimate,
+    grow,
     hostfile,
     launch,
     models,
@@ -65,6 +66,7 @@ def common(
 
 trained = typer.Typer(rich_markup_mode=None)
 trained.command()(models.export)
+trained.command()(grow.grow)
 trained.command()(speak.generate)
 trained.command()(speak.chat)
 

@@ -10,12 +10,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dsllm.errors import UserError
 from dsllm.model.build import model_config
-from dsllm.model.depth import blocks_name, chosen_layers, with_layers
+from dsllm.model.depth import blocks_name, with_layers
 from dsllm.model.same_network import refuse_another_network
 from dsllm.model.source import Source, build_skeleton
 from dsllm.model.source_files import find_folder
 from dsllm.model.source_tokenizer import tokens_by_id
 from dsllm.model.vocabulary_rows import VocabularyRows, vocabulary_rows
+from dsllm.spec.layers import chosen_layers
 from dsllm.spec.sections import Pretrained, Spec
 
 
@@ -66,14 +67,14 @@ class CarryOver:
             raise UserError(f"{folder}: it has no {origin}, of which {name} would be made; list other layers")
         if name in self._positions and shape[0] > theirs[0]:
             raise UserError(
-                f"model.max_position_embeddings: given {shape[0]}; {folder} has learned {theirs[0]} positions, of "
-                f"which no more can be made; set it to {theirs[0]} or less"
+                f"model.max_position_embeddings: given {shape[0]}; {folder} has learned {theirs[0]} positions, and no "
+                f"more can be had; set it to {theirs[0]} or less"
             )
         cut = 1 if name in self._vocabulary or name in self._positions else 0
         if shape[cut:] != theirs[cut:]:
             raise UserError(
-                f"{folder}: {origin} is {_by(theirs)} where its config.json means {_by(shape)}; bring configuration "
-                "and weights together from one model"
+                f"{folder}: {origin} is {_by(theirs)} where its config.json means {_by(shape)}; bring the two "
+                "together from one model"
             )
 
 
@@ -85,7 +86,7 @@ def open_carry_over(spec: Spec, init: Pretrained) -> tuple[CarryOver, dict[int, 
     source = Source(find_folder(init.name, init.revision))
     layers, theirs = None, source.config
     if init.layers is not None:
-        layers = chosen_layers(init.layers, "model.init.layers", source.config, init.name)
+        layers = chosen_layers(init.layers, "model.init.layers", source.config.num_hidden_layers, init.name)
         theirs = with_layers(source.config, layers)
     config = model_config(spec)
     refuse_another_network(spec.model, config, theirs, init.name)

@@ -14,9 +14,10 @@ from transformers import (
 )
 
 from dsllm.errors import UserError
-from dsllm.spec.config_file import read_config_file
-from dsllm.spec.derived import config_source
-from dsllm.spec.sections import Spec
+from dsllm.spec.config_file import read_config_file, start_config
+from dsllm.spec.derived import config_source, written_config
+from dsllm.spec.load import load_spec
+from dsllm.spec.sections import AutoModel, Spec
 
 WRITTEN_BY_TRANSFORMERS = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 """Keys of a config.json that say nothing of the network."""
@@ -24,18 +25,35 @@ OLDER_NAMES = ("rope_theta", "rope_scaling")
 """Read still, into `rope_parameters`."""
 
 
-def with_written_config(spec: Spec) -> Spec:
+def with_written_config(spec: Spec, run_spec: Path | None = None) -> Spec:
     """The spec with the configuration of its model written out, so that it no longer needs the folder, or the name on
     the Hub, that it was given: itself, where that is so already.
 
-    Raises UserError where there is no such configuration, and SpecError where it does not suit the rest of the spec.
+    Where that cannot be had any more, it is the one in the spec of the run so far, the file `run_spec`. Raises
+    UserError where there is no such configuration, and SpecError where it does not suit the rest of the spec.
     """
-    if spec.model.family != "auto" or isinstance(spec.model.config, dict):
+    model = spec.model
+    if model.family != "auto" or isinstance(model.config, dict):
         return spec
-    name, revision = config_source(spec.model)
+    name, revision = config_source(model)
     document = spec.model_dump()
-    document["model"]["config"] = read_config(name, revision)
+    try:
+        keys = read_config(name, revision)
+        if model.config is None:
+            keys = start_config(keys, model.init.layers if model.init.kind == "pretrained" else None, name)
+    except UserError:
+        earlier = _written_config_of(run_spec)
+        if earlier is None:
+            raise
+        keys = earlier
+    document["model"]["config"] = keys
     return Spec.model_validate(document)
+
+
+def _written_config_of(run_spec: Path | None) -> dict[str, Any] | None:
+    """Of the automatic model of a run's spec; None where there is no such thing."""
+    model = load_spec(str(run_spec)).model if run_spec is not None and run_spec.is_file() else None
+    return (written_config(model) or None) if isinstance(model, AutoModel) else None
 
 
 def read_config(name: str, revision: str | None = None) -> dict[str, Any]:

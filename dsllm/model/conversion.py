@@ -53,8 +53,9 @@ class Conversion:
         self._group_of: dict[str, Group] = {}
         self.shapes: dict[str, torch.Size] = {}
         """Of each parameter that can be made, by its name in the model."""
+        self.groups = self._groups(shapes)
         # Every operation is tried without memory, which tells what it makes.
-        for group in self._groups(shapes):
+        for group in self.groups:
             made = self._convert(group, lambda name: torch.empty(shapes[name], device="meta"))
             self.shapes |= {name: tensor.shape for name, tensor in made.items()}
             self._group_of |= dict.fromkeys(made, group)
@@ -66,10 +67,6 @@ class Conversion:
             # Of a group that becomes several parameters the others are kept, because they are asked for next.
             self._last = self._convert(self._group_of[name], read)
         return self._last.pop(name)
-
-    def pieces(self, name: str) -> list[str]:
-        """Names in the files of what becomes the parameter `name`."""
-        return [piece for piece, _ in self._group_of[name].pieces]
 
     def parameter_of(self, piece: str) -> str:
         """The first parameter that the tensor `piece` of a file becomes, or would; its own name where it is none."""

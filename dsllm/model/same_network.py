@@ -93,7 +93,8 @@ def _difference(model: AnyModel, key: str, ours: Any, theirs: Any, name: str) ->
         field, ours, theirs = "rope_theta", ours["rope_theta"], theirs["rope_theta"]
     if field is None:
         return f"model.family: {model.family} has {key} {ours}; {name} has {theirs}; set model.family to auto"
-    remedy = f"set it to {str(theirs).lower() if isinstance(theirs, bool) else theirs}"
+    ours, theirs = (str(value).lower() if isinstance(value, bool) else value for value in (ours, theirs))
+    remedy = f"set it to {theirs}"
     if field == "num_layers":
         remedy += ", or list the layers to take in model.init.layers"
     return f"model.{field}: given {ours}; {name} has {theirs}; {remedy}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -78,7 +79,7 @@ def build_skeleton(config: PretrainedConfig, name: str) -> PreTrainedModel:
     language model, or keeps state that training would not update."""
     try:
         with torch.device("meta"):
-            skeleton = build_model(config, torch.float32)
+            skeleton = build_model(deepcopy(config), torch.float32)  # which writes the type into its configuration
     except ValueError as error:
         raise UserError(f"{name}: no causal language model ({first_line(error)}); give one") from error
     buffers = skeleton.state_dict().keys() - dict(skeleton.named_parameters(remove_duplicate=False)).keys()

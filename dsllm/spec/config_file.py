@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsllm.errors import UserError
+from dsllm.spec.layers import chosen_layers, config_with_layers, depth_key_of
 
 
 def with_written_config(document: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +21,18 @@ def with_written_config(document: dict[str, Any]) -> dict[str, Any]:
     source = _source(model) if isinstance(model, Mapping) and model.get("family") == "auto" else None
     if source is None or not Path(source).expanduser().exists():
         return document
-    return {**document, "model": {**document["model"], "config": read_config_file(source)}}
+    keys = read_config_file(source)
+    if document["model"].get("config") is None:
+        keys = start_config(keys, document["model"]["init"].get("layers"), source)
+    return {**document, "model": {**document["model"], "config": keys}}
+
+
+def start_config(keys: dict[str, Any], layers: object, name: str) -> dict[str, Any]:
+    """The configuration of a model that starts from the one that `keys` describe, `name`: with the `layers` that
+    `model.init` lists. Raises UserError where the other has not so many."""
+    if not isinstance(layers, str):  # none, or a mistake that the spec's own check tells
+        return keys
+    return config_with_layers(keys, chosen_layers(layers, "model.init.layers", keys[depth_key_of(keys)], name))
 
 
 def read_config_file(source: str) -> dict[str, Any]:
