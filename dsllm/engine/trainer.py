@@ -175,14 +175,17 @@ def _update(
             engine.step()
         activity("reading")
     own_loss = total_loss / engine.gradient_accumulation_steps()
-    asked = torch.tensor(requests.own(), device=device)
-    loss, *agreed = ranks.mean_over_ranks(torch.cat([own_loss[None], asked])).tolist()
+    asked = torch.tensor(requests.own()).to(device, non_blocking=True)
+    shared = ranks.mean_over_ranks(torch.cat([own_loss[None], asked]))
+    norm = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm)
+    numbers = [shared, own_loss[None], norm.to(device, non_blocking=True).view(1)]
+    # Here alone the host waits for the device, beside DeepSpeed's own look at the gradients in the step.
+    loss, *agreed, own, grad_norm = torch.cat([number.double() for number in numbers]).tolist()
     requests.agree(*agreed)
-    grad_norm = float(engine.get_global_grad_norm() if norm is None else norm)
     was_skipped = engine.skipped_steps > skipped
     if was_skipped:
         nonfinite.forget_gradients(engine)
-    return Update(loss, float(own_loss), grad_norm, was_skipped)
+    return Update(loss, own, grad_norm, was_skipped)
 
 
 def uncount_step(engine: DeepSpeedEngine) -> None:
