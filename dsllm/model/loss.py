@@ -112,13 +112,6 @@ def chunked_cross_entropy(
     return loss
 
 
-def fused_loss_is_installed() -> bool:
-    """Whether liger-kernel is, whose kernels need a CUDA device."""
-    from importlib.util import find_spec
-
-    return find_spec("liger_kernel") is not None
-
-
 def _plain_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, loss_tokens: torch.Tensor
 ) -> torch.Tensor:
