@@ -118,7 +118,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.checkpoint.verify import first_sound
     from dsllm.data.shards import read_manifest
     from dsllm.ds_config import build_ds_config
-    from dsllm.engine import evaluation, exhausted, inputs, memory_report, metrics, ranks, requests, schedule
+    from dsllm.engine import evaluation, exhausted, inputs, memory_report, metrics, ranks, requests, samples, schedule
     from dsllm.engine.allocators import allocator
     from dsllm.engine.gates.check import conclude
     from dsllm.engine.gates.training import check_small_model
@@ -165,6 +165,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     activity("preparing tokens")
     data = inputs.ready_data(spec, folder)
     activity("starting")
+    prompts = ranks.on_rank_0(lambda: samples.read_prompts(spec, folder.tokenizer))
     if start is not None:
         start.check_tokenizer(folder.tokenizer)
     init = started_from(checkpoint) if checkpoint is not None else start.facts if start is not None else FROM_SCRATCH
@@ -213,6 +214,18 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
 
         ask_validation = functools.partial(evaluation.evaluate, engine, activity.counting(validation), shares)
         questions = [Question(spec.evaluation.interval, ask_validation, at_first=True)]
+        if spec.evaluation.samples is not None:
+            write_samples = functools.partial(
+                samples.write_samples,
+                engine,
+                spec.evaluation.samples,
+                prompts,
+                seed=spec.seed,
+                micro_batch_size=batch.micro_batch_size,
+                tokenizer_folder=folder.tokenizer,
+                activity=activity,
+            )
+            questions.append(Question(spec.evaluation.samples.interval, write_samples))
         # From here on: what came before is no part of a step. All agree on the clock of rank 0.
         asked.limit = limit if world.rank == 0 else None
         done = train(
