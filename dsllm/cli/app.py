@@ -20,6 +20,7 @@ from dsllm.cli import (
     data,
     doctor,
     estimate,
+    evaluate,
     hostfile,
     launch,
     models,
@@ -65,6 +66,7 @@ def common(
 trained = typer.Typer(rich_markup_mode=None)
 trained.command()(models.export)
 trained.command()(models.generate)
+trained.command()(evaluate.evaluate)
 
 # in the order in which a user meets them
 app.add_typer(spec.app)
