@@ -88,10 +88,12 @@ def evaluate(
     _refuse_without("--tasks", tasks, task_options)
     quiet_libraries()
     from dsllm.checkpoint.export import load_any
-    from dsllm.checkpoint.layout import run_folder_of, step_of
+    from dsllm.checkpoint.layout import run_folder_of
+    from dsllm.checkpoint.manifest import read_manifest
     from dsllm.data.hellaswag import read_items
     from dsllm.evaluation.harness import library, run_tasks
     from dsllm.evaluation.validation import combined
+    from dsllm.model.build import DTYPES
     from dsllm.model.placement import place
     from dsllm.model.positions import num_positions
     from dsllm.spec.load import load_spec
@@ -112,8 +114,9 @@ def evaluate(
         raise UserError(f"{source}: nothing to evaluate on; give --spec, --data, --hellaswag or --tasks")
 
     model = place(model, device, precision or (load_spec(own).training.precision if own is not None else None))
-    step = step_of(checkpoint) if checkpoint is not None else None
-    report = Report(source, step, model.device.type, str(model.dtype))
+    step = read_manifest(checkpoint).step if checkpoint is not None else None
+    computed_in = next(name for name, dtype in DTYPES.items() if dtype == model.dtype)
+    report = Report(source, step, model.device.type, computed_in)
     if tasks is not None:
         ran = {"include_path": include_path, "limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size}
         report.tasks = run_tasks(model, tokenizer, tasks.split(","), **ran)

@@ -28,7 +28,7 @@ class Report:
     step: int | None
     """Steps that the model was trained for; None of an exported folder, which does not say."""
     device: str
-    dtype: str
+    precision: str
     losses: dict[str, SetLoss] = field(default_factory=dict)
     combined: SetLoss | None = None
     hellaswag: Score | None = None
@@ -38,7 +38,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Numbers that JSON has not are null."""
         said: dict[str, Any] = {"source": str(self.source), "step": self.step, "device": self.device}
-        said["precision"] = self.dtype.removeprefix("torch.")
+        said["precision"] = self.precision
         if self.combined is not None:
             sets = {label: _loss_as_json(loss) for label, loss in self.losses.items()}
             said["validation"] = {**_loss_as_json(self.combined), "sets": sets}
@@ -51,7 +51,7 @@ class Report:
     def show(self) -> None:
         """Tables on the screen."""
         after = f" after {self.step} steps" if self.step is not None else ""
-        typer.echo(f"{self.source}: the model{after}, in {self.dtype.removeprefix('torch.')} on {self.device}")
+        typer.echo(f"{self.source}: the model{after}, in {self.precision} on {self.device}")
         if self.combined is not None:
             rows = {**self.losses, **({ALL: self.combined} if len(self.losses) > 1 else {})}
             columns = ("validation on", "loss", "perplexity", "bits a byte", "tokens", "text")

@@ -21,7 +21,7 @@ from dsllm.data.samples import IGNORED_LABEL
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _WORD_MARK = "\u2581"
-"""Stands for a space in sentencepiece's usual vocabularies; those of dsllm hold real spaces."""
+"""Stands for a space in sentencepiece's usual vocabularies, where texts cannot have it; those of dsllm hold spaces."""
 
 
 class TextBytes:
@@ -53,7 +53,7 @@ def text_bytes(tokenizer: Tokenizer, end_of_text_id: int) -> TextBytes | None:
         lengths = _lengths(tokenizer, len)  # a character for each byte
         return TextBytes(lengths, end_of_text_id)
     if "ByteFallback" in kinds and set(kinds) <= {"ByteFallback", "Fuse", "Replace", "Strip"}:
-        lengths = _lengths(tokenizer, _fallback_bytes)
+        lengths = _lengths(tokenizer, _marked_bytes if "Replace" in kinds else _fallback_bytes)
         return TextBytes(lengths, end_of_text_id, _by_id(tokenizer, _begins_with_space) if "Strip" in kinds else None)
     return None
 
@@ -83,7 +83,11 @@ def _by_id(tokenizer: Tokenizer, number: Callable[[str], int]) -> Integers:
 
 
 def _fallback_bytes(piece: str) -> int:
-    return 1 if _BYTE.fullmatch(piece) else len(piece.replace(_WORD_MARK, " ").encode())
+    return 1 if _BYTE.fullmatch(piece) else len(piece.encode())
+
+
+def _marked_bytes(piece: str) -> int:
+    return _fallback_bytes(piece.replace(_WORD_MARK, " "))
 
 
 def _begins_with_space(piece: str) -> int:
