@@ -116,6 +116,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.checkpoint.retention import foretell_room
     from dsllm.checkpoint.save import CheckpointSaver
     from dsllm.checkpoint.verify import first_sound
+    from dsllm.data.hellaswag import read_items
     from dsllm.data.shards import read_manifest
     from dsllm.ds_config import build_ds_config
     from dsllm.engine import evaluation, exhausted, inputs, memory_report, metrics, ranks, requests, samples, schedule
@@ -129,6 +130,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.engine.start import loss_implementation, start_engine
     from dsllm.engine.starting_point import FROM_SCRATCH, open_starting_point
     from dsllm.engine.trainer import Question, train
+    from dsllm.evaluation.validation import mix_shares
     from dsllm.launch.devices import calibration_file
     from dsllm.model.shapes import shape_of
     from dsllm.plan.batch import resolve_batch
@@ -162,6 +164,8 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
     ds_config = build_ds_config(spec, world.size, device, micro_batch_size, shape)
+    hellaswag = spec.evaluation.hellaswag
+    items = ranks.on_rank_0(lambda: read_items(hellaswag.path, hellaswag.items) if hellaswag else [])
     activity("preparing tokens")
     data = inputs.ready_data(spec, folder)
     activity("starting")
@@ -190,7 +194,8 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     with ranks.together():
         read_training = inputs.open_training(data, spec, batch, world)
         validation = inputs.open_validation(data, spec, batch, world)
-        shares = evaluation.mix_shares(spec.data, read_manifest(data))
+        shares = mix_shares(spec.data, read_manifest(data))
+        dealt = inputs.deal_hellaswag(items, folder, engine.module.causal_lm, world) if items else []
     ranks.on_rank_0(lambda: describe_run(folder, spec, ds_config, passport))
     ranks.on_rank_0(lambda: foretell_room(folder.checkpoints, checkpoint_bytes(run), spec.checkpoint.keep_last))
 
@@ -214,6 +219,10 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
 
         ask_validation = functools.partial(evaluation.evaluate, engine, activity.counting(validation), shares)
         questions = [Question(spec.evaluation.interval, ask_validation, at_first=True)]
+        if hellaswag is not None:
+            open_dealt = functools.partial(activity.ticking, dealt)
+            ask_hellaswag = functools.partial(evaluation.ask_hellaswag, engine, open_dealt)
+            questions.append(Question(hellaswag.interval, ask_hellaswag))
         if spec.evaluation.samples is not None:
             write_samples = functools.partial(
                 samples.write_samples,
