@@ -47,6 +47,8 @@ def build_ds_config(
         "zero_optimization": _zero_optimization(run.zero, run.shape, spec.zero.nvme_path, device),
         "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False},
         "steps_per_print": None,
+        # On by default, and then each forward and each step waits for the device to be idle (utils/timer.py).
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
         "dump_state": False,

@@ -19,6 +19,7 @@ LAYERS = [
     ("launch",),
     ("data",),
     ("model",),
+    ("evaluation",),
     ("engine",),
     ("checkpoint",),
     ("train",),
@@ -124,6 +125,7 @@ LIGHT_COMMANDS = [
     ["checkpoints", "convert", "--help"],
     ["export", "--help"],
     ["generate", "--help"],
+    ["evaluate", "--help"],
 ]
 
 WITHOUT_HEAVY_MODULES = f"""

@@ -20,6 +20,7 @@ from dsllm.cli import (
     data,
     doctor,
     estimate,
+    evaluate,
     grow,
     hostfile,
     launch,
@@ -67,6 +68,7 @@ def common(
 trained = typer.Typer(rich_markup_mode=None)
 trained.command()(models.export)
 trained.command()(grow.grow)
+trained.command()(evaluate.evaluate)
 trained.command()(speak.generate)
 trained.command()(speak.chat)
 

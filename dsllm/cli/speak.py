@@ -164,10 +164,10 @@ class SamplePrinter:
     what the later ones have meanwhile when theirs has come."""
 
     def __init__(self, beginning: str, num_samples: int) -> None:
-        self._waiting = [beginning] * num_samples
+        heads = [typer.style(f"--- sample {number}", dim=True) + "\n" for number in range(1, num_samples + 1)]
+        self._waiting = [head + beginning for head in heads] if num_samples > 1 else [beginning]
         self._has_ended = [False] * num_samples
         self._turn = 0
-        self._print_head()
 
     def __call__(self, sample: int, piece: str, is_last: bool) -> None:
         self._waiting[sample] += piece
@@ -179,11 +179,6 @@ class SamplePrinter:
                 return
             typer.echo()
             self._turn += 1
-            self._print_head()
-
-    def _print_head(self) -> None:
-        if 1 < len(self._waiting) > self._turn:
-            typer.secho(f"--- sample {self._turn + 1}", dim=True)
 
 
 @contextmanager

@@ -17,9 +17,7 @@ import torch
 import torch.distributed as distributed
 
 from dsllm.engine.fragments import Fragment
-
-EXCHANGED_ELEMENTS = 2**25
-"""Elements that a rank sends, and receives, at a time at most, one matrix apart: 64 MiB in bf16."""
+from dsllm.plan.muon import EXCHANGED_ELEMENTS
 
 
 class Piece(NamedTuple):

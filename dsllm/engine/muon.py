@@ -22,11 +22,11 @@ from dsllm.engine import ranks
 from dsllm.engine.fragments import layout_of, shapes_of
 from dsllm.engine.matrices import Division, Matrix, divide
 from dsllm.model.loss import LossHead
+from dsllm.plan.muon import NEWTON_SCHULZ_STEPS
 
 MOMENTUM = "momentum_buffer"
 """Muon's one moment, by the name that torch and DeepSpeed have for it."""
 
-NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of a quintic that takes singular values to between 0.7 and 1.2 in five steps, the small ones fast."""
 

@@ -181,15 +181,18 @@ def _update(
             engine.step()
         activity("reading")
     own_losses = totals / engine.gradient_accumulation_steps()
-    asked = torch.tensor(requests.own(), device=device)
-    loss, balance_loss, *agreed = ranks.mean_over_ranks(torch.cat([own_losses, asked])).tolist()
+    asked = torch.tensor(requests.own()).to(device, non_blocking=True)
+    shared = ranks.mean_over_ranks(torch.cat([own_losses, asked]))
+    norm = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm)
+    numbers = [shared, own_losses[:1], norm.to(device, non_blocking=True).view(1)]
+    # Here alone the host waits for the device, beside DeepSpeed's own look at the gradients in the step.
+    loss, balance_loss, *agreed, own, grad_norm = torch.cat([number.double() for number in numbers]).tolist()
     requests.agree(*agreed)
-    grad_norm = float(engine.get_global_grad_norm() if norm is None else norm)
     was_skipped = engine.skipped_steps > skipped
     if was_skipped:
         nonfinite.forget_gradients(engine)
     has_experts = engine.module.balance_loss is not None
-    return Update(loss, balance_loss if has_experts else None, float(own_losses[0]), grad_norm, was_skipped)
+    return Update(loss, balance_loss if has_experts else None, own, grad_norm, was_skipped)
 
 
 def uncount_step(engine: DeepSpeedEngine) -> None:

@@ -39,18 +39,22 @@ class TrainingModel(nn.Module):
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         loss_tokens: torch.Tensor | None = None,
+        logits_at: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy in nats a token, fp32: the sum over the counted labels over `loss_tokens`, a scalar, or over
         their number where that is absent.
 
         `input_ids` and `labels` are (sequences, sequence_length); `labels` are already shifted, -100 is left out. With
         `position_ids`, of the same shape, attention stays within a document: see document_mask.py. Without `labels`
-        the logits of every position, (sequences, sequence_length, padded vocabulary).
+        the logits of every position, (sequences, sequence_length, padded vocabulary), or of one in each sequence, given
+        by `logits_at` (sequences,): (sequences, padded vocabulary).
 
         In training, a model with experts has the balancing loss in its gradients: see balance.py.
         """
         balance = self.balance if self.training and labels is not None else None
         hidden, router_logits = self._hidden_states(input_ids, position_ids, balance is not None)
+        if logits_at is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at]
         loss = self.causal_lm.get_output_embeddings()(hidden, labels, loss_tokens)
         if balance is None:
             return loss
@@ -110,13 +114,6 @@ def chunked_cross_entropy(
     wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, loss_tokens, wants_gradients)
     return loss
-
-
-def fused_loss_is_installed() -> bool:
-    """Whether liger-kernel is, whose kernels need a CUDA device."""
-    from importlib.util import find_spec
-
-    return find_spec("liger_kernel") is not None
 
 
 def _plain_cross_entropy(

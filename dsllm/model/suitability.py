@@ -66,7 +66,7 @@ def _own_vectors(model_type: str, keys: str) -> dict[str, float | None]:
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             is_one_value = bool((parameter == parameter.flatten()[0]).all())
-            vectors[without_number(name)] = float(parameter.flatten()[0]) if is_one_value else None
+            vectors[without_number(name)] = parameter.flatten()[0].item() if is_one_value else None
     return vectors
 
 

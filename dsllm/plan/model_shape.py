@@ -24,6 +24,8 @@ class Tensor(NamedTuple):
 
     elements: int
     is_matrix: bool
+    is_muons: bool = False
+    """Whether it is Muon's, which is a group of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

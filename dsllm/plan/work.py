@@ -12,6 +12,7 @@ from typing import Literal
 
 from dsllm.plan.activations import CHUNK_LOGITS_BYTES
 from dsllm.plan.model_shape import ModelShape, Style
+from dsllm.plan.muon import orthogonalisation_flops
 from dsllm.plan.workload import ELEMENT_BYTES, Workload
 
 Kernels = Literal["eager", "fused"]
@@ -181,9 +182,12 @@ def gradient_work(run: Workload) -> Work:
 def optimizer_work(run: Workload, world_size: int) -> Work:
     """The update of what a rank is responsible for; where the host does that, only the host's part of it remains."""
     host = STEP_SECONDS + STEP_BLOCK_SECONDS * run.shape.num_layers
+    sharers = world_size if run.zero.stage else 1
+    orthogonalised = orthogonalisation_flops(run) / sharers
     if run.zero.offload_optimizer != "none":
-        return Work(host_seconds=host)
+        return Work(matmul_flops=orthogonalised, host_seconds=host)
     if run.zero.stage == 0 and run.precision != "fp32":
-        return Work(moved_bytes=FLAT_OPTIMIZER_BYTES * run.shape.allocated_parameters, host_seconds=host)
-    share = run.shape.allocated_parameters / (world_size if run.zero.stage else 1)
-    return Work(moved_bytes=OPTIMIZER_BYTES * share, host_seconds=host)
+        moved: float = FLAT_OPTIMIZER_BYTES * run.shape.allocated_parameters
+    else:
+        moved = OPTIMIZER_BYTES * run.shape.allocated_parameters / sharers
+    return Work(matmul_flops=orthogonalised, moved_bytes=moved, host_seconds=host)

@@ -77,6 +77,7 @@ class Workload:
     dropout: float = 0.0
     masks_documents: bool = False
     """Whether attention stays within a document, which takes a mask."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
     zero: ZeroSettings = ZeroSettings()
 
     @property
@@ -158,5 +159,6 @@ def workload(spec: Spec, loss: LossImplementation | None = None, shape: ModelSha
         attention=spec.model.attention,
         dropout=dropout(spec.model),
         masks_documents=spec.data.mask_documents,
+        optimizer=spec.optimizer.name,
         zero=ZeroSettings(**spec.zero.model_dump(exclude={"nvme_path"})),
     )

@@ -24,7 +24,18 @@ from dsllm.spec.derived import (
 from dsllm.spec.layers import layer_numbers, parse_layers
 
 if TYPE_CHECKING:
-    from dsllm.spec.sections import AnyModel, Batch, Data, Launch, Schedule, Section, Tokenizer, Training, Zero
+    from dsllm.spec.sections import (
+        AnyModel,
+        Batch,
+        Data,
+        Launch,
+        Optimizer,
+        Schedule,
+        Section,
+        Tokenizer,
+        Training,
+        Zero,
+    )
 
 Rule = Callable[..., Iterator[str]]
 
@@ -342,6 +353,58 @@ def gradients_add_up_in_a_type_that_exists(training: Training, zero: Zero) -> It
         yield (
             f"training.gradient_accumulation_precision: given fp32 with precision {precision} at zero.stage 0, where "
             f"DeepSpeed cannot; set it to auto or {precision}, or zero.stage to 1 or more"
+        )
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+@rule
+def muon_fields_belong_to_muon(optimizer: Optimizer) -> Iterator[str]:
+    for field in ("muon_learning_rate", "muon_momentum"):
+        if optimizer.name != "muon" and _differs_from_default(optimizer, field):
+            yield (
+                f"optimizer.{field}: given {getattr(optimizer, field):g} with optimizer {optimizer.name}; only muon "
+                f"has it; remove it, or set optimizer.name to muon"
+            )
+
+
+@rule
+def muon_stays_off_nvme(optimizer: Optimizer, zero: Zero) -> Iterator[str]:
+    # DeepSpeed's swapper knows what Adam keeps of a parameter, and makes its files and buffers for that.
+    if optimizer.name == "muon" and zero.offload_optimizer == "nvme":
+        yield (
+            "optimizer.name: given muon with zero.offload_optimizer nvme, where its momentum has no place; set "
+            "zero.offload_optimizer to cpu or none, or optimizer.name to adamw"
+        )
+
+
+@rule
+def host_steps_by_deepspeeds_adam(optimizer: Optimizer, zero: Zero) -> Iterator[str]:
+    if optimizer.name == "adamw" and not optimizer.fused and zero.offload_optimizer != "none":
+        yield (
+            f"optimizer.fused: given false with zero.offload_optimizer {zero.offload_optimizer}, where DeepSpeed's own "
+            f"CPUAdam steps; remove it, or set zero.offload_optimizer to none"
+        )
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@rule
+def family_has_liger_kernels(model: AnyModel, training: Training) -> Iterator[str]:
+    if training.kernels == "liger" and model.family == "gpt2":
+        yield (
+            "training.kernels: given liger with family gpt2, for which liger-kernel has none; set it to auto or torch"
+        )
+
+
+@rule
+def blocks_are_fused_once(training: Training) -> Iterator[str]:
+    if training.kernels == "liger" and training.compile:
+        yield (
+            "training.kernels: given liger with training.compile true, which fuses the same operations; set "
+            "training.kernels to auto, or training.compile to false"
         )
 
 

@@ -336,7 +336,7 @@ class Optimizer(Section):
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate of AdamW."""
     muon_learning_rate: PositiveFloat = 0.02
-    """Peak learning rate of Muon's matrices (muon only); the schedule is the same."""
+    """Peak learning rate of Muon's matrices (muon only); it follows the same schedule."""
     muon_momentum: Decay = 0.95
     """Decay of Muon's momentum (muon only)."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
@@ -346,9 +346,9 @@ class Optimizer(Section):
     weight_decay: NonNegativeFloat = 0.1
     """Decay of matrices; vectors (biases, norms) are never decayed."""
     gradient_clipping: NonNegativeFloat = 1.0
-    """Largest allowed norm of the gradients; 0 switches clipping off."""
+    """Largest allowed norm of the gradients, before Muon makes anything of them; 0 switches clipping off."""
     fused: bool = True
-    """Whether AdamW's update is one kernel."""
+    """Whether AdamW's update is one kernel for all tensors, rather than one for each of its operations."""
 
 
 class Schedule(Section):
