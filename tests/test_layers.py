@@ -124,6 +124,7 @@ LIGHT_COMMANDS = [
     ["checkpoints", "convert", "--help"],
     ["export", "--help"],
     ["generate", "--help"],
+    ["chat", "--help"],
 ]
 
 WITHOUT_HEAVY_MODULES = f"""
