@@ -19,6 +19,7 @@ LAYERS = [
     ("launch",),
     ("data",),
     ("model",),
+    ("evaluation",),
     ("engine",),
     ("checkpoint",),
     ("train",),
@@ -125,6 +126,7 @@ LIGHT_COMMANDS = [
     ["export", "--help"],
     ["generate", "--help"],
     ["chat", "--help"],
+    ["evaluate", "--help"],
 ]
 
 WITHOUT_HEAVY_MODULES = f"""

@@ -20,6 +20,8 @@ from dsllm.cli import (
     data,
     doctor,
     estimate,
+    evaluate,
+    grow,
     hostfile,
     launch,
     models,
@@ -65,6 +67,8 @@ def common(
 
 trained = typer.Typer(rich_markup_mode=None)
 trained.command()(models.export)
+trained.command()(grow.grow)
+trained.command()(evaluate.evaluate)
 trained.command()(speak.generate)
 trained.command()(speak.chat)
 

@@ -20,9 +20,10 @@ from dsllm.engine import ranks
 from dsllm.engine.memory_meter import MemoryMeter
 from dsllm.engine.progress import ProgressReport
 from dsllm.engine.run_folder import RunFolder
+from dsllm.model.shapes import shape_of
 from dsllm.plan.batch import BatchPlan
 from dsllm.plan.hardware import gpu_of_device
-from dsllm.plan.model_shape import flops_per_token, model_shape
+from dsllm.plan.model_shape import flops_per_token
 from dsllm.spec.sections import Spec, Wandb
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def open_recorder(
     memory: MemoryMeter,
 ) -> Iterator[Recorder]:
     """A recorder to the screen and everything that the spec asks for, of a run that goes on after `first_step`."""
-    shape = model_shape(spec)
+    shape = shape_of(spec)
     with ExitStack() as stack:
         # These can show a step again: wandb by the step of the record, the screen by its time.
         steady: list[Sink] = []

@@ -59,7 +59,7 @@ def activations(run: Workload, micro_batch_size: int, device: Device = "cuda") -
     final_norm = _norm_bytes_per_token(run) - boundary  # its output is the loss's input, and counted there
     at_once = max(block + _gradients_per_token(run, device), attention_peak_bytes_per_token(run, device))
     # what is kept of a block that is computed again is the input of its first norm, unless that makes an fp32 copy
-    makes_copy = run.shape.family == "llama" and run.element_bytes < 4
+    makes_copy = run.shape.style == "llama" and run.element_bytes < 4
     input_beside = boundary if every and makes_copy else 0
     kept_of_last = block
     if every is not None and (run.shape.num_layers - 1) % every == 0:
@@ -79,7 +79,7 @@ def activations(run: Workload, micro_batch_size: int, device: Device = "cuda") -
 def block_bytes_per_token(run: Workload, device: Device = "cuda") -> int:
     """What one block saves of a token."""
     element = run.element_bytes
-    block = _gpt2_block(run.shape, element) if run.shape.family == "gpt2" else _llama_block(run)
+    block = _gpt2_block(run.shape, element) if run.shape.style == "gpt2" else _llama_block(run)
     return block + attention_bytes_per_token(run, device) + _dropout_masks(run, device)
 
 
@@ -101,7 +101,7 @@ def _norm_bytes_per_token(run: Workload) -> int:
     """A layer norm saves its input, and its output is saved by what comes next; an RMS norm its input in fp32 (which in
     fp32 is the input itself), the normalised rows and the output."""
     shape, element = run.shape, run.element_bytes
-    if shape.family == "gpt2":
+    if shape.style == "gpt2":
         return 2 * element * shape.hidden_size
     return (4 + 2 * element) * shape.hidden_size + STATISTIC_BYTES
 
@@ -119,7 +119,7 @@ def _gradients_per_token(run: Workload, device: Device) -> int:
     GPT-2: the residual stream's, and GELU's in the place of its output. Llama: the residual stream's, the product's,
     and both its factors' in the place of the product. CUDA's dropout makes one of its own, when its mask has gone.
     """
-    widest = run.shape.intermediate_size * (1 if run.shape.family == "gpt2" else 2)
+    widest = run.shape.intermediate_size * (1 if run.shape.style == "gpt2" else 2)
     dropped = (run.element_bytes - 1) * run.shape.hidden_size if run.dropout and device == "cuda" else 0
     return run.element_bytes * (run.shape.hidden_size + widest) + dropped
 
@@ -168,7 +168,7 @@ def _fused_loss(run: Workload, tokens: int, hidden: int) -> tuple[int, int]:
 def _norm_backward(run: Workload, tokens: int) -> int:
     """The final RMS norm's backward, with the head's gradient waiting: fp32 copies of gradients; a layer norm needs
     fewer than the loss."""
-    if run.shape.family == "gpt2":
+    if run.shape.style == "gpt2":
         return 0
     per_element = 18 if run.element_bytes == 2 else 16
     return per_element * run.shape.hidden_size * tokens + run.element_bytes * run.shape.embedding_parameters

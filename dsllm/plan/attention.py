@@ -79,7 +79,7 @@ def shared_bytes_per_token(run: Workload, device: Device) -> int:
     has_mask = run.masks_documents or kernel == "eager"
     is_kept = kernel in ("flash", "efficient") or run.num_checkpointed > 0
     mask = round_up(run.sequence_length, MASK_ROW_MULTIPLE) if has_mask and is_kept else 0
-    rotary = 2 * _head_width(run) if run.masks_documents and run.shape.family == "llama" else 0
+    rotary = 2 * _head_width(run) if run.masks_documents and run.shape.style == "llama" else 0
     return run.element_bytes * (mask + rotary)
 
 
