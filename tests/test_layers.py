@@ -125,6 +125,7 @@ LIGHT_COMMANDS = [
     ["checkpoints", "convert", "--help"],
     ["export", "--help"],
     ["generate", "--help"],
+    ["chat", "--help"],
     ["evaluate", "--help"],
 ]
 
