@@ -126,6 +126,7 @@ LIGHT_COMMANDS = [
     ["export", "--help"],
     ["grow", "--help"],
     ["generate", "--help"],
+    ["chat", "--help"],
     ["evaluate", "--help"],
 ]
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from dsllm.checkpoint.run_facts import RunFacts
-from dsllm.engine.evaluation import mix_shares
+from dsllm.evaluation.validation import mix_shares
 from dsllm.model.positions import num_positions
 from dsllm.spec.derived import source_labels
 from dsllm.spec.sections import Pretrained, PretrainedTokenizer, Spec
