@@ -116,21 +116,19 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.checkpoint.retention import foretell_room
     from dsllm.checkpoint.save import CheckpointSaver
     from dsllm.checkpoint.verify import first_sound
-    from dsllm.data.hellaswag import read_items
-    from dsllm.data.shards import read_manifest
     from dsllm.ds_config import build_ds_config
-    from dsllm.engine import evaluation, exhausted, inputs, memory_report, metrics, ranks, requests, samples, schedule
+    from dsllm.engine import exhausted, inputs, memory_report, metrics, ranks, requests, schedule
     from dsllm.engine.allocators import allocator
     from dsllm.engine.gates.check import conclude
     from dsllm.engine.gates.training import check_small_model
     from dsllm.engine.gates.weights import check_weights
     from dsllm.engine.judge import open_judge
     from dsllm.engine.memory_meter import MemoryMeter
+    from dsllm.engine.questions import open_questions, read_material
     from dsllm.engine.run_folder import describe_run, make_passport
     from dsllm.engine.start import loss_implementation, start_engine
     from dsllm.engine.starting_point import FROM_SCRATCH, open_starting_point
-    from dsllm.engine.trainer import Question, train
-    from dsllm.evaluation.validation import mix_shares
+    from dsllm.engine.trainer import train
     from dsllm.launch.devices import calibration_file
     from dsllm.model.shapes import shape_of
     from dsllm.plan.batch import resolve_batch
@@ -164,12 +162,10 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
     ds_config = build_ds_config(spec, world.size, device, micro_batch_size, shape)
-    hellaswag = spec.evaluation.hellaswag
-    items = ranks.on_rank_0(lambda: read_items(hellaswag.path, hellaswag.items) if hellaswag else [])
     activity("preparing tokens")
     data = inputs.ready_data(spec, folder)
     activity("starting")
-    prompts = ranks.on_rank_0(lambda: samples.read_prompts(spec, folder.tokenizer))
+    material = read_material(spec, folder.tokenizer)
     if start is not None:
         start.check_tokenizer(folder.tokenizer)
     init = started_from(checkpoint) if checkpoint is not None else start.facts if start is not None else FROM_SCRATCH
@@ -193,9 +189,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
         first_step = load_checkpoint(engine, checkpoint)
     with ranks.together():
         read_training = inputs.open_training(data, spec, batch, world)
-        validation = inputs.open_validation(data, spec, batch, world)
-        shares = mix_shares(spec.data, read_manifest(data))
-        dealt = inputs.deal_hellaswag(items, folder, engine.module.causal_lm, world) if items else []
+        questions = open_questions(spec, data, folder, batch, world, engine, material, activity)
     ranks.on_rank_0(lambda: describe_run(folder, spec, ds_config, passport))
     ranks.on_rank_0(lambda: foretell_room(folder.checkpoints, checkpoint_bytes(run), spec.checkpoint.keep_last))
 
@@ -217,24 +211,6 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
             record.go_back(step)
             return step
 
-        ask_validation = functools.partial(evaluation.evaluate, engine, activity.counting(validation), shares)
-        questions = [Question(spec.evaluation.interval, ask_validation, at_first=True)]
-        if hellaswag is not None:
-            open_dealt = functools.partial(activity.ticking, dealt)
-            ask_hellaswag = functools.partial(evaluation.ask_hellaswag, engine, open_dealt)
-            questions.append(Question(hellaswag.interval, ask_hellaswag))
-        if spec.evaluation.samples is not None:
-            write_samples = functools.partial(
-                samples.write_samples,
-                engine,
-                spec.evaluation.samples,
-                prompts,
-                seed=spec.seed,
-                micro_batch_size=batch.micro_batch_size,
-                tokenizer_folder=folder.tokenizer,
-                activity=activity,
-            )
-            questions.append(Question(spec.evaluation.samples.interval, write_samples))
         # From here on: what came before is no part of a step. All agree on the clock of rank 0.
         asked.limit = limit if world.rank == 0 else None
         done = train(
