@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
+from transformers import AutoModelForCausalLM
 
 from dsllm.checkpoint.manifest import Manifest
-from dsllm.checkpoint.model_card import active_parameters, model_card, public_spec
+from dsllm.checkpoint.model_card import model_card, public_spec
 from dsllm.checkpoint.run_facts import Measured, RunFacts, last_measured
+from dsllm.model.build import model_config
 from dsllm.spec.load import load_spec
+from dsllm.spec.sections import Spec
 from dsllm.spec.yaml_text import parse_yaml
 
 SOURCES = (
@@ -25,7 +27,11 @@ SOURCES = (
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=512, n_positions=64, n_embd=32, n_layer=2, n_head=2))
+    return model_of(load_spec("quickstart"))
+
+
+def model_of(spec: Spec) -> Any:
+    return AutoModelForCausalLM.from_config(model_config(spec))
 
 
 def facts_of(*overrides: str, measured: dict[str, Measured] | None = None, **passport: Any) -> RunFacts:
@@ -34,16 +40,16 @@ def facts_of(*overrides: str, measured: dict[str, Measured] | None = None, **pas
 
 
 def test_the_front_matter_names_what_the_hub_knows(model: Any) -> None:
-    init = "model.init={kind: pretrained, name: some-one/base-124m, revision: v2, layers: '0-7,4-11'}"
+    init = "model.init={kind: pretrained, name: some-one/base-124m, revision: v2, layers: '0-1,10-11'}"
     card = ModelCard(model_card("m", facts_of(SOURCES, init), model))
     assert card.data.to_dict() == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["dsllm", "deepspeed", "gpt2"],
+        "tags": ["dsllm", "deepspeed", "llama"],
         "base_model": "some-one/base-124m",
         "datasets": ["Skylion007/openwebtext"],
     }
-    assert "| from | the weights of some-one/base-124m at v2, its layers 0-7,4-11 |" in card.text
+    assert "| from | the weights of some-one/base-124m at v2, its layers 0-1,10-11 |" in card.text
 
 
 def test_a_folder_is_no_name_on_the_hub(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,26 +116,48 @@ def test_shares_are_those_of_the_weights_where_the_tokens_are_not_here(model: An
     assert "| mine | huggingface | 25.0% |  |  |" in text
 
 
-def test_parameters_of_experts_count_as_active_where_a_token_meets_them() -> None:
-    config = MixtralConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=1,
-    )
-    mixtral = AutoModelForCausalLM.from_config(config)
-    idle = 2 * 3 * (3 * 16 * 24)  # layers, experts beside the one, its three matrices
-    assert active_parameters(mixtral) == mixtral.num_parameters() - idle
-    assert f"{active_parameters(mixtral):,} of them active for each token" in model_card("m", facts_of(), mixtral)
+def test_sizes_are_those_of_the_model_and_experts_are_told_apart() -> None:
+    shape = "{family: mixtral, num_layers: 2, hidden_size: 64, num_attention_heads: 4, intermediate_size: 96}"
+    facts = facts_of(f"model={shape}", "model.num_experts=4", "model.num_experts_per_token=2")
+    model = model_of(facts.spec)
+    text = model_card("m", facts, model)
+    idle = 2 * 2 * (3 * 64 * 96)  # layers, experts beside the two, their three matrices
+    total = model.num_parameters()  # the vocabulary needs no padding
+    assert f"| parameters | {total:,}, {total - idle:,} of them active for each token |" in text
+    assert "| experts | 4; 2 for each token |" in text
+    assert "| class | `MixtralForCausalLM` |" in text
 
 
-def test_every_parameter_of_a_model_without_experts_is_active(model: Any) -> None:
-    assert active_parameters(model) == model.num_parameters()
-    assert "active" not in model_card("m", facts_of(), model)
+def test_rows_that_pad_the_vocabulary_are_told_apart(model: Any) -> None:
+    facts = facts_of("tokenizer.vocab_size=4000")
+    padded = model_of(facts.spec)
+    width = facts.spec.model.hidden_size
+    text = model_card("m", facts, padded)
+    assert f"| parameters | {padded.num_parameters() - 96 * width:,}; {96 * width:,} more pad the vocabulary |" in text
+    assert "| vocabulary | 4,000 tokens in 4,096 rows |" in text
+    plain = model_card("m", facts_of(), model)
+    assert "active" not in plain
+    assert "| experts |" not in plain
+
+
+@pytest.mark.parametrize(
+    ("overrides", "row"),
+    [
+        (
+            ["optimizer={name: muon, gradient_clipping: 0}"],
+            "| optimizer | Muon, learning rate 0.02, for the matrices of blocks; for the rest AdamW, learning rate "
+            "0.0003, betas 0.9 and 0.95, weight decay 0.1 |",
+        ),
+        (
+            ["optimizer={}"],
+            "| optimizer | AdamW, learning rate 0.0003, betas 0.9 and 0.95, weight decay 0.1; gradients clipped at 1 |",
+        ),
+        (["schedule={name: constant, warmup_steps: 7}"], "| schedule | constant: 7 steps of warm-up |"),
+        (["schedule={warmup_steps: 7}"], "| schedule | cosine: 7 steps of warm-up, then to 0.1 of the peak |"),
+    ],
+)
+def test_optimizer_and_schedule_are_those_of_the_spec(model: Any, overrides: list[str], row: str) -> None:
+    assert row in model_card("m", facts_of(*overrides), model)
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from dsllm.checkpoint.run_facts import RunFacts
 from dsllm.evaluation.validation import mix_shares
 from dsllm.model.positions import num_positions
+from dsllm.model.shapes import shape_of
+from dsllm.plan.model_shape import ModelShape
 from dsllm.spec.derived import source_labels
-from dsllm.spec.sections import Pretrained, PretrainedTokenizer, Spec
+from dsllm.spec.sections import Optimizer, Pretrained, PretrainedTokenizer, Spec
 from dsllm.spec.yaml_text import dump_yaml
 from dsllm.units import format_count
 
@@ -24,25 +26,18 @@ Row = tuple[str, ...]
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PATH_KEYS = ("path", "name", "directory", "nvme_path", "config")
 """Fields of a spec that may hold a path."""
-SHAPE = {
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "attention heads": "num_attention_heads",
-    "key and value heads": "num_key_value_heads",
-}
-"""What transformers' configurations have most often."""
 
 
 def model_card(name: str, facts: RunFacts, model: PreTrainedModel) -> str:
     """The card of `model`, exported into a folder of this `name`."""
-    spec = facts.spec
+    spec, shape = facts.spec, shape_of(facts.spec)
     seen = f"{facts.checkpoint.step * spec.tokens_per_step:,} tokens"
     sections = [
         f"# {spec.name}",
-        f"A {model.config.model_type} language model of {format_count(model.num_parameters())} parameters, pre-trained "
+        f"A {model.config.model_type} language model of {format_count(shape.parameters)} parameters, pre-trained "
         f"on {seen} with dsllm on DeepSpeed. It goes on with text; it was not taught to follow instructions.",
         _usage(name),
-        _table("Model", ("", ""), _model_rows(model)),
+        _table("Model", ("", ""), _model_rows(model, shape)),
         _table("Training", ("", ""), _training_rows(facts)),
         _table("Results", ("", "", "after step"), _result_rows(facts)),
         _table("Data", ("source", "kind", "share", "documents", "tokens"), _data_rows(facts)),
@@ -84,28 +79,22 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
     return f"## Use\n\n{_fenced('python', code)}"
 
 
-def _model_rows(model: PreTrainedModel) -> Iterator[Row]:
-    config, total, active = model.config, model.num_parameters(), active_parameters(model)
+def _model_rows(model: PreTrainedModel, shape: ModelShape) -> Iterator[Row]:
+    padding = shape.allocated_parameters - shape.parameters
+    active = f", {shape.active_parameters:,} of them active for each token" if shape.num_experts > 1 else ""
+    positions = num_positions(model.config)
     yield "class", f"`{type(model).__name__}`"
-    yield "parameters", f"{total:,}" + (f", {active:,} of them active for each token" if active != total else "")
-    for what, attribute in SHAPE.items():
-        if (number := getattr(config, attribute, None)) is not None:
-            yield what, f"{number:,}"
-    if (positions := num_positions(config)) is not None:
+    yield "parameters", f"{shape.parameters:,}{active}" + (f"; {padding:,} more pad the vocabulary" if padding else "")
+    yield "layers", f"{shape.num_layers:,}"
+    yield "width", f"{shape.hidden_size:,}; {shape.intermediate_size:,} in feed-forward layers"
+    yield "heads", f"{shape.num_attention_heads:,}; {shape.num_key_value_heads:,} of keys and values"
+    if shape.num_experts > 1:
+        yield "experts", f"{shape.num_experts:,}; {shape.num_experts_per_token:,} for each token"
+    if positions is not None:
         yield "positions", f"{positions:,}"
-    yield "rows of the embedding", f"{config.vocab_size:,}"
-    yield "embedding and head", "shared" if config.get_text_config().tie_word_embeddings else "apart"
+    yield "vocabulary", f"{shape.vocab_size:,} tokens in {shape.padded_vocab_size:,} rows"
+    yield "embedding and head", "shared" if shape.tie_word_embeddings else "apart"
     yield "weights", str(model.dtype).removeprefix("torch.")
-
-
-def active_parameters(model: PreTrainedModel) -> int:
-    """Parameters that a token meets: all, but of the experts only those that it is sent to."""
-    config = model.config
-    num_experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    if not num_experts:
-        return model.num_parameters()
-    of_experts = sum(weights.numel() for name, weights in model.named_parameters() if ".experts." in name)
-    return model.num_parameters() - of_experts * (num_experts - config.num_experts_per_tok) // num_experts
 
 
 def _training_rows(facts: RunFacts) -> Iterator[Row]:
@@ -115,22 +104,24 @@ def _training_rows(facts: RunFacts) -> Iterator[Row]:
     yield "tokens seen", f"{checkpoint.step * spec.tokens_per_step:,}"
     batch, length = spec.batch.global_batch_size, spec.batch.sequence_length
     yield "batch", f"{batch:,} sequences of {length:,} tokens: {spec.tokens_per_step:,} tokens a step"
-    optimizer, schedule = spec.optimizer, spec.schedule
-    yield (
-        "optimizer",
-        f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, betas {optimizer.betas[0]:g} and "
-        f"{optimizer.betas[1]:g}, weight decay {optimizer.weight_decay:g}, gradients clipped at "
-        f"{optimizer.gradient_clipping:g}",
-    )
-    yield (
-        "schedule",
-        f"{schedule.name} after {schedule.warmup_steps:,} steps of warm-up, to "
-        f"{schedule.min_learning_rate_ratio:g} of the peak",
-    )
+    yield "optimizer", _optimizer(spec.optimizer)
+    schedule = spec.schedule
+    end = "" if schedule.name == "constant" else f", then to {schedule.min_learning_rate_ratio:g} of the peak"
+    yield "schedule", f"{schedule.name}: {schedule.warmup_steps:,} steps of warm-up{end}"
     yield "precision", checkpoint.precision
     yield "ZeRO stage", str(spec.zero.stage if checkpoint.zero_stage is None else checkpoint.zero_stage)
     if (ranks := checkpoint.world_size or passport.get("world_size")) is not None:
         yield "ranks", f"{ranks:,}" + (f" on {passport['device']}" if "device" in passport else "")
+
+
+def _optimizer(optimizer: Optimizer) -> str:
+    adamw = (
+        f"AdamW, learning rate {optimizer.learning_rate:g}, betas {optimizer.betas[0]:g} and {optimizer.betas[1]:g}, "
+        f"weight decay {optimizer.weight_decay:g}"
+    )
+    muon = f"Muon, learning rate {optimizer.muon_learning_rate:g}, for the matrices of blocks; for the rest "
+    clipping = f"; gradients clipped at {optimizer.gradient_clipping:g}" if optimizer.gradient_clipping else ""
+    return f"{muon if optimizer.name == 'muon' else ''}{adamw}{clipping}"
 
 
 def _beginning(spec: Spec) -> str:
