@@ -1,7 +1,7 @@
 """A deeper or a shallower model, made of the layers of an existing one and written tensor by tensor.
 
-Depth up-scaling is the first k and the last k of n layers, joined into 2k (SOLAR, arXiv:2312.15166, sec. 2.1); left out
-middle layers are what changes a model least (arXiv:2403.17887).
+Depth up-scaling is the first k and the last k of n layers, joined into 2k (SOLAR, arXiv:2312.15166). Of layers to leave
+out, deep ones before the last are missed least (arXiv:2403.17887).
 """
 
 from __future__ import annotations
