@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -105,6 +106,7 @@ def evaluate(
     questions = read_items(hellaswag, items) if hellaswag is not None else []
     if tasks is not None:
         library()  # told now where it is not installed
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model, tokenizer = load_any(source)
     positions = num_positions(model.config)
     sets = _sets(wanted, data, positions) if validation else None

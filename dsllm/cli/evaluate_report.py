@@ -45,7 +45,7 @@ class Report:
         if self.hellaswag is not None:
             said["hellaswag"] = _score_as_json(self.hellaswag)
         if self.tasks is not None:
-            said["tasks"] = {name: self.tasks[name] for name in ("results", "groups", "versions", "n-shot")}
+            said["tasks"] = {name: self.tasks.get(name, {}) for name in ("results", "groups", "versions", "n-shot")}
         return said
 
     def show(self) -> None:
@@ -60,9 +60,7 @@ class Report:
             title = f"HellaSwag, {self.hellaswag.items:,} items"
             print_table((title, "right", "standard error"), _score_rows(self.hellaswag))
         if self.tasks is not None:
-            from dsllm.evaluation.harness import table
-
-            typer.echo(table(self.tasks))
+            print_table(("task", "examples before it", "metric", "value", "standard error"), _task_rows(self.tasks))
 
 
 def _row(label: str, loss: SetLoss) -> tuple[str, ...]:
@@ -74,6 +72,18 @@ def _row(label: str, loss: SetLoss) -> tuple[str, ...]:
 def _score_rows(score: Score) -> list[tuple[str, ...]]:
     shares = {"acc": score.acc, "acc_norm": score.acc_norm}
     return [(name, f"{share:.2%}", f"{score.standard_error(share):.2%}") for name, share in shares.items()]
+
+
+def _task_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    from dsllm.evaluation.harness import metrics
+
+    def shown(value: Any) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+
+    return [
+        (each.task, shown(each.num_fewshot), each.name, shown(each.value), shown(each.standard_error))
+        for each in metrics(results)
+    ]
 
 
 def _loss_as_json(loss: SetLoss) -> dict[str, float | int | None]:

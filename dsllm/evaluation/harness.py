@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dsllm.errors import UserError
+
+
+class Metric(NamedTuple):
+    """One number of a task or group."""
+
+    task: str
+    num_fewshot: int | None
+    name: str
+    value: Any
+    standard_error: float | None
 
 
 def run_tasks(
@@ -41,12 +51,17 @@ def run_tasks(
     return results
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results as lm-evaluation-harness prints them, groups below their tasks."""
-    from lm_eval.utils import make_table
-
-    columns = [column for column in ("results", "groups") if results.get(column)]
-    return "\n".join(str(make_table(results, column)).rstrip() for column in columns)
+def metrics(results: dict[str, Any]) -> Iterator[Metric]:
+    """Every number of the results: of each task, and of each group that has some of its own."""
+    everything = {**results["results"], **results.get("groups", {})}
+    for task, numbers in everything.items():
+        for key, value in numbers.items():
+            name, _, filtered_by = key.partition(",")
+            if filtered_by and not name.endswith("_stderr"):
+                error = numbers.get(f"{name}_stderr,{filtered_by}")
+                yield Metric(
+                    task, results["n-shot"].get(task), name, value, error if isinstance(error, float) else None
+                )
 
 
 def library() -> Any:

@@ -7,16 +7,18 @@ exist at a time, in forward only, and their gradients are taken there and then. 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from dsllm.data.samples import IGNORED_LABEL
 from dsllm.errors import UserError
 from dsllm.model.balance import balance_of, with_gradient_of
+from dsllm.model.cuda_kernels import replaced
 from dsllm.model.document_mask import document_mask
 from dsllm.plan.activations import CHUNK_LOGITS_BYTES, PRODUCT_BYTES
 from dsllm.plan.workload import LossImplementation
@@ -71,8 +73,15 @@ class TrainingModel(nn.Module):
         if position_ids is not None:
             mask = document_mask(position_ids, self.causal_lm.dtype)
             extras |= {"position_ids": position_ids, "attention_mask": mask}
-        output = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **extras)
+        with _unsearched_positions():
+            output = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **extras)
         return output[0], output.router_logits if wants_routers else ()
+
+
+def _unsearched_positions() -> contextlib.AbstractContextManager[None]:
+    """Within, transformers does not look for packed documents in the positions, which it would read for that in every
+    forward, and a GPU be waited for: without a mask of ours there are none."""
+    return replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
 class LossHead(nn.Module):

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedModel,
     masking_utils,
 )
+from transformers.integrations import moe
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsllm.errors import UserError
@@ -171,7 +172,7 @@ def _prepared(config: PretrainedConfig, run: Workload) -> PretrainedConfig:
 
 def _trace(config: PretrainedConfig, run: Workload, micro_batch_size: int, device: Device) -> Trace:
     ledger = Ledger(device)
-    with FakeTensorMode(), _sequences_unpacked():
+    with FakeTensorMode(), _sequences_unpacked(), _experts_in_any_type():
         causal_lm = build_model(config, DTYPES[run.precision])
         shape = _shape(causal_lm)
         if run.activation_checkpointing != "none":
@@ -288,3 +289,8 @@ def _sequences_unpacked() -> contextlib.AbstractContextManager[None]:
     """transformers reads the position ids to see whether sequences are packed, and where it cannot read them makes a
     mask that no run of ours has."""
     return replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+
+
+def _experts_in_any_type() -> contextlib.AbstractContextManager[None]:
+    """torch's grouped product knows fake tensors in bf16 alone; transformers' own keeps the same for backward."""
+    return replaced(moe, "_can_use_grouped_mm", lambda rows, weight, offsets: False)

@@ -93,8 +93,26 @@ def _gpt2_block(shape: ModelShape, element: int) -> int:
 def _llama_block(run: Workload) -> int:
     """Two RMS norms; query, key, value and attention's output; gate, its SiLU, up and their product: 4i."""
     shape, element = run.shape, run.element_bytes
-    attention = element * (2 * shape.hidden_size + 2 * shape.key_value_size)
-    return 2 * _norm_bytes_per_token(run) + attention + element * 4 * shape.intermediate_size
+    attention = element * (2 * shape.query_size + 2 * shape.key_value_size) + _query_norms(run)
+    feed_forward = _experts(run) if shape.num_experts else element * 4 * shape.intermediate_size
+    return 2 * _norm_bytes_per_token(run) + attention + feed_forward
+
+
+def _query_norms(run: Workload) -> int:
+    """The norms of queries and keys, a head at a time: as other RMS norms, but that nothing keeps their output."""
+    shape = run.shape
+    if not shape.norms_queries:
+        return 0
+    heads = shape.num_attention_heads + shape.num_key_value_heads
+    return (4 + run.element_bytes) * heads * shape.head_size + STATISTIC_BYTES * heads
+
+
+def _experts(run: Workload) -> int:
+    """For each expert that a token takes: its input, 4i as ever, and its output, which the router weighs. The router's
+    logits and their softmax in fp32; and where each choice goes and comes from, five indices of 8 bytes."""
+    shape, element = run.shape, run.element_bytes
+    chosen = shape.num_experts_per_token * (element * (4 * shape.intermediate_size + 2 * shape.hidden_size) + 5 * 8)
+    return chosen + (4 + element) * shape.num_experts + STATISTIC_BYTES
 
 
 def _norm_bytes_per_token(run: Workload) -> int:
@@ -119,9 +137,21 @@ def _gradients_per_token(run: Workload, device: Device) -> int:
     GPT-2: the residual stream's, and GELU's in the place of its output. Llama: the residual stream's, the product's,
     and both its factors' in the place of the product. CUDA's dropout makes one of its own, when its mask has gone.
     """
+    if run.shape.num_experts:
+        return _expert_gradients_per_token(run)
     widest = run.shape.intermediate_size * (1 if run.shape.style == "gpt2" else 2)
     dropped = (run.element_bytes - 1) * run.shape.hidden_size if run.dropout and device == "cuda" else 0
     return run.element_bytes * (run.shape.hidden_size + widest) + dropped
+
+
+def _expert_gradients_per_token(run: Workload) -> int:
+    """The same with experts: where their outputs are weighed, which is in fp32, three of them and what they are cast
+    to; or where gate and up are widest, as ever but for each chosen expert, whose output is consumed by then."""
+    element, chosen, width = run.element_bytes, run.shape.num_experts_per_token, run.shape.hidden_size
+    cast = element * width - 8 if element < 4 else 0
+    weighed = chosen * (3 * 4 * width + cast)
+    widest = chosen * (2 * element * run.shape.intermediate_size - element * width - 8)
+    return element * width + max(weighed, widest) - 8
 
 
 def _loss_bytes(run: Workload, tokens: int, device: Device) -> tuple[int, int]:
