@@ -10,7 +10,7 @@ import typer
 
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run, or a checkpoint: global_step<N>, converted or not.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write: safetensors, config and tokenizer.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write: safetensors, config, tokenizer and a model card.")],
     precision: Annotated[
         Literal["bf16", "fp16", "fp32"] | None,
         typer.Option(help="Type to write the weights in; the training's when absent."),
