@@ -26,7 +26,7 @@ TRAIN = [
     "tensorboard>=2.16",
     "tokenizers>=0.21",
     "torch>=2.6",
-    "transformers>=5.0",
+    "transformers>=5.23",
     "wandb>=0.18",
 ]
 DEEPLAKE = [
