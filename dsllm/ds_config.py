@@ -22,15 +22,19 @@ from dsllm.spec.sections import Spec
 
 
 def build_ds_config(
-    spec: Spec, world_size: int, device: Device = "cuda", micro_batch_size: int | None = None
+    spec: Spec,
+    world_size: int,
+    device: Device = "cuda",
+    micro_batch_size: int | None = None,
+    shape: ModelShape | None = None,
 ) -> dict[str, Any]:
     """The DeepSpeed JSON of `spec` on `world_size` ranks.
 
-    `micro_batch_size` (sequences) is needed where the spec says `auto`. Raises UserError where the global batch does
-    not divide.
+    `micro_batch_size` (sequences) is needed where the spec says `auto`, `shape` where no formula has the network's
+    sizes. Raises UserError where the global batch does not divide.
     """
     batch = resolve_batch(spec.batch, world_size, micro_batch_size)
-    run = workload(spec)
+    run = workload(spec, shape=shape)
     return {
         **_batch_keys(batch),
         **_precision_keys(spec, run),
@@ -39,12 +43,12 @@ def build_ds_config(
         "gradient_allreduce_op": "mean",
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
-        "optimizer": _optimizer(spec),
+        **_optimizer_keys(spec),
         "zero_optimization": _zero_optimization(run.zero, run.shape, spec.zero.nvme_path, device),
-        "zero_allow_untested_optimizer": False,
-        "zero_force_ds_cpu_optimizer": True,
         "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False},
         "steps_per_print": None,
+        # On by default, and then each forward and each step waits for the device to be idle (utils/timer.py).
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
         "dump_state": False,
@@ -78,7 +82,18 @@ def _precision_keys(spec: Spec, run: Workload) -> dict[str, Any]:
     }
 
 
-def _optimizer(spec: Spec) -> dict[str, Any]:
+def _optimizer_keys(spec: Spec) -> dict[str, Any]:
+    """What DeepSpeed makes AdamW of; Muon is handed to it as an object, which it has not tested (engine/muon.py)."""
+    if spec.optimizer.name == "muon":
+        return {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return {
+        "optimizer": {"type": "AdamW", "params": _adamw(spec)},
+        "zero_allow_untested_optimizer": False,
+        "zero_force_ds_cpu_optimizer": True,
+    }
+
+
+def _adamw(spec: Spec) -> dict[str, Any]:
     optimizer = spec.optimizer
     # Offloaded states are stepped on the host by DeepSpeed's CPUAdam; else torch's AdamW does the same as DeepSpeed's
     # FusedAdam, and needs no compiler at the first start.
@@ -91,8 +106,8 @@ def _optimizer(spec: Spec) -> dict[str, Any]:
         "torch_adam": not offloads,
     }
     if not offloads:
-        params["fused"] = True
-    return {"type": "AdamW", "params": params}
+        params |= {"fused": True} if optimizer.fused else {"fused": False, "foreach": True}
+    return params
 
 
 def _zero_optimization(zero: ZeroSettings, shape: ModelShape, nvme_path: str | None, device: Device) -> dict[str, Any]:

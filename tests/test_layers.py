@@ -124,7 +124,9 @@ LIGHT_COMMANDS = [
     ["checkpoints", "--help"],
     ["checkpoints", "convert", "--help"],
     ["export", "--help"],
+    ["grow", "--help"],
     ["generate", "--help"],
+    ["chat", "--help"],
     ["evaluate", "--help"],
 ]
 

@@ -29,6 +29,28 @@ def path(tmp_path: Path) -> str:
     ("overrides", "message"),
     [
         (
+            ["optimizer.muon_learning_rate=0.1"],
+            "optimizer.muon_learning_rate: given 0.1 with optimizer adamw; only muon has it; remove it, or set",
+        ),
+        (["optimizer.muon_momentum=0.9"], "optimizer.muon_momentum: given 0.9 with optimizer adamw; only muon has it"),
+        (
+            ["optimizer.name=muon", "zero={stage: 3, offload_optimizer: nvme, nvme_path: /nvme}"],
+            "optimizer.name: given muon with zero.offload_optimizer nvme, where its momentum has no place; set "
+            "zero.offload_optimizer to cpu or none, or optimizer.name to adamw",
+        ),
+        (
+            ["optimizer.fused=false", "zero.offload_optimizer=cpu"],
+            "optimizer.fused: given false with zero.offload_optimizer cpu, where DeepSpeed's own CPUAdam steps",
+        ),
+        (
+            ["model.family=gpt2", "training.kernels=liger"],
+            "training.kernels: given liger with family gpt2, for which liger-kernel has none; set it to auto or torch",
+        ),
+        (
+            ["training.kernels=liger", "training.compile=true"],
+            "training.kernels: given liger with training.compile true, which fuses the same operations; set",
+        ),
+        (
             ["model.hidden_size=66"],
             "model.num_attention_heads: given 4 with hidden_size 66; the heads must divide the width; "
             "try num_attention_heads 3, or hidden_size 64",

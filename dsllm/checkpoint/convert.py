@@ -18,7 +18,14 @@ import torch
 from dsllm.checkpoint.layout import run_folder_of, sync_folder, universal_folder
 from dsllm.checkpoint.manifest import FileRecord, Manifest, read_manifest, write_manifest
 from dsllm.checkpoint.snapshot import write_files
-from dsllm.checkpoint.states import KINDS, OPTIMIZER_STATE_FILE, UNIVERSAL_STATES, SavedStates, open_states
+from dsllm.checkpoint.states import (
+    MASTER,
+    MUON_MOMENTS,
+    OPTIMIZER_STATE_FILE,
+    UNIVERSAL_STATES,
+    SavedStates,
+    open_states,
+)
 from dsllm.checkpoint.verify import faults_of
 from dsllm.errors import CheckpointError, UserError
 from dsllm.units import format_bytes
@@ -80,7 +87,7 @@ def _write(
 def _write_parameter(folder: Path, name: str, states: SavedStates) -> dict[Path, FileRecord]:
     folder.mkdir()
     files: dict[Path, Any] = {}
-    for kind in KINDS:
+    for kind in (MASTER, *states.moments(name)):
         whole = torch.empty(states.shapes[name], dtype=torch.float32)
         states.copy(kind, name, 0, whole.view(-1))
         files[folder / f"{kind}.pt"] = {"param": whole}
@@ -94,7 +101,8 @@ def _common_files(folder: Path, states: SavedStates, manifest: Manifest) -> dict
     The parameter groups say nothing, so that an engine keeps the settings of its own: DeepSpeed would give all groups
     of stage 3 those of the first.
     """
-    groups = [{"params": []}] * 2  # matrices and vectors: engine/optimizer.py
+    is_muon = any(states.moments(name) == MUON_MOMENTS for name in states.shapes)
+    groups = [{"params": []}] * (3 if is_muon else 2)  # Muon's, matrices, vectors: engine/optimizer.py
     optimizer = {
         "param_groups": groups,
         "optimizer_state_dict": {"state": {0: {"step": torch.tensor(float(states.adam_step))}}, "param_groups": groups},
@@ -126,7 +134,10 @@ def _bring_along(run: Path, folder: Path) -> None:
 
 
 def _check_room(folder: Path, states: SavedStates) -> None:
-    size_bytes = sum(FP32_BYTES * len(KINDS) * torch.Size(shape).numel() for shape in states.shapes.values())
+    size_bytes = sum(
+        FP32_BYTES * (1 + len(states.moments(name))) * torch.Size(shape).numel()
+        for name, shape in states.shapes.items()
+    )
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < size_bytes:
         raise CheckpointError(

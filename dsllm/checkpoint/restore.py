@@ -19,9 +19,10 @@ from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from dsllm.checkpoint.fragments import Fragment, Layout, layout_of, shapes_of
-from dsllm.checkpoint.states import MASTER, MOMENTS, Kind, open_states
+from dsllm.checkpoint.states import ADAM_MOMENTS, MASTER, MUON_MOMENTS, Kind, open_states
 from dsllm.engine import ranks
+from dsllm.engine.fragments import Fragment, Layout, layout_of, shapes_of
+from dsllm.engine.muon import MuonAdamW
 from dsllm.errors import CheckpointError
 
 SCALER_NUMBERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -53,9 +54,9 @@ def _fill_own_part(engine: DeepSpeedEngine, checkpoint: Path) -> None:
         master = layout.masters[fragment.group]
         fill(MASTER, fragment, master)
         if states.adam_step:
-            adam = _adam_state(layout, master, states.adam_step)
-            for moment in MOMENTS:
-                fill(moment, fragment, adam[moment])
+            state = _optimizer_state(layout, master, states.adam_step)
+            for moment in _moments(layout, master):
+                fill(moment, fragment, state[moment])
         else:  # written before the first update: moments begin with the next one
             layout.optimizer.state.pop(master, None)
     _set_numbers(loss_scaler_of(engine), states.loss_scaler)
@@ -81,16 +82,25 @@ def _set_numbers(scaler: Any, numbers: Mapping[str, float | None]) -> None:
             setattr(scaler, name, value)
 
 
-def _adam_state(layout: Layout, master: torch.Tensor, step: int) -> dict[str, Any]:
-    """Adam's state of one flat tensor, made where the optimizer has made no step yet, with the count of updates."""
-    state = layout.optimizer.state[master]
-    for moment in MOMENTS:
+def _moments(layout: Layout, master: torch.Tensor) -> tuple[Kind, ...]:
+    """What the optimizer keeps of a flat tensor."""
+    is_muon = isinstance(layout.optimizer, MuonAdamW) and master in layout.optimizer.divisions
+    return MUON_MOMENTS if is_muon else ADAM_MOMENTS
+
+
+def _optimizer_state(layout: Layout, master: torch.Tensor, step: int) -> dict[str, Any]:
+    """The state of one flat tensor, made where the optimizer has made no step yet, with Adam's count of updates."""
+    state, moments = layout.optimizer.state[master], _moments(layout, master)
+    for moment in moments:
         if moment not in state:
             state[moment] = torch.zeros_like(master, dtype=torch.float32, requires_grad=False)
+    if moments != ADAM_MOMENTS:
+        return state
     if isinstance(layout.optimizer, DeepSpeedCPUAdam):
         state["step"] = step
-    else:  # torch's fused AdamW counts on the device
-        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=master.device)
+    else:  # torch's AdamW counts on the device where it is fused, else on the host
+        device = master.device if layout.optimizer.defaults.get("fused") else "cpu"
+        state["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
     return state
 
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch.distributed as distributed
 from deepspeed import DeepSpeedEngine
 
-from dsllm.checkpoint.fragments import layout_of, shapes_of
 from dsllm.checkpoint.layout import (
     fragments_file,
     random_state_file,
@@ -30,6 +29,7 @@ from dsllm.checkpoint.retention import remove_old
 from dsllm.checkpoint.snapshot import HostBuffers, Snapshot, offloaded_files, write_files
 from dsllm.checkpoint.states import RankStates
 from dsllm.engine import ranks
+from dsllm.engine.fragments import layout_of, shapes_of
 from dsllm.engine.generators import generator_states
 from dsllm.engine.last_words import cause_of
 from dsllm.errors import Cause, CheckpointError, OneRankError, TrainingError

@@ -15,17 +15,17 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from pydantic import ValidationError
 
-from dsllm.checkpoint.fragments import Fragment, Nesting
 from dsllm.checkpoint.layout import fragments_file
 from dsllm.checkpoint.manifest import ANOTHER, first_line, read_manifest
 from dsllm.checkpoint.safe_load import DEEPSPEED_CLASSES
 from dsllm.data.shards import Record
+from dsllm.engine.fragments import Fragment, Nesting
 from dsllm.errors import CheckpointError
 
-Kind = Literal["fp32", "exp_avg", "exp_avg_sq"]
+Kind = Literal["fp32", "exp_avg", "exp_avg_sq", "momentum_buffer"]
 MASTER: Kind = "fp32"
-MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
-KINDS: tuple[Kind, ...] = (MASTER, *MOMENTS)
+ADAM_MOMENTS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS: tuple[Kind, ...] = ("momentum_buffer",)
 """What is kept of each parameter, all in fp32, by the names that DeepSpeed and torch have for it."""
 
 UNIVERSAL_STATES = "zero"
@@ -56,6 +56,9 @@ class SavedStates(Protocol):
     adam_step: int
     """Updates that the moments have seen."""
     loss_scaler: Mapping[str, float | None]
+
+    def moments(self, name: str) -> tuple[Kind, ...]:
+        """What is kept of a parameter beside its weights: Adam's, also before their first update, or Muon's."""
 
     def copy(self, kind: Kind, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` (a vector of fp32) with the elements of a parameter from `start` on."""
@@ -95,6 +98,11 @@ class RankwiseStates:
     def adam_step(self) -> int:
         return max((group.step for group in self._groups(0)), default=0)
 
+    def moments(self, name: str) -> tuple[Kind, ...]:
+        rank, piece = self._pieces[name][0]
+        is_muon = MUON_MOMENTS[0] in self._groups(rank)[piece.group].optimizer_state
+        return MUON_MOMENTS if is_muon else ADAM_MOMENTS
+
     def copy(self, kind: Kind, name: str, start: int, out: torch.Tensor) -> None:
         missing = out.numel()
         for rank, piece in self._pieces[name]:
@@ -133,6 +141,10 @@ class UniversalStates:
         self.adam_step = int(common["adam_step"])
         self.loss_scaler = common["loss_scaler"]
 
+    def moments(self, name: str) -> tuple[Kind, ...]:
+        is_muon = (self._folder / name / f"{MUON_MOMENTS[0]}.pt").is_file()
+        return MUON_MOMENTS if is_muon else ADAM_MOMENTS
+
     def copy(self, kind: Kind, name: str, start: int, out: torch.Tensor) -> None:
         out.copy_(self._tensor(kind, name).flatten().narrow(0, start, out.numel()))
 
@@ -161,18 +173,18 @@ def _read_rank(path: Path) -> RankStates:
 
 @dataclass(frozen=True)
 class _Group:
-    """Master and Adam's state of one flat tensor."""
+    """Master and optimizer state of one flat tensor."""
 
     master: torch.Tensor
-    adam: Mapping[str, Any]
+    optimizer_state: Mapping[str, Any]
 
     @property
     def step(self) -> int:
-        return int(self.adam.get("step", 0))
+        return int(self.optimizer_state.get("step", 0))
 
     def of(self, kind: Kind) -> torch.Tensor | None:
         """As a vector; None for moments that do not exist yet."""
-        tensor = self.master if kind == MASTER else self.adam.get(kind)
+        tensor = self.master if kind == MASTER else self.optimizer_state.get(kind)
         return None if tensor is None else tensor.flatten()
 
 

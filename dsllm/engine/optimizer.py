@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from deepspeed.ops.adam import FusedAdam
 
-from dsllm.spec.sections import Spec
+from dsllm.engine.muon import MuonAdamW, matrix_scales
+from dsllm.spec.sections import Optimizer, Spec
 
 ParameterGroups = list[dict[str, Any]]
 
@@ -50,24 +51,51 @@ class SkippingAdamW(torch.optim.AdamW):
         return None if self.overflow else super().step(closure)
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> ParameterGroups:
-    """Two groups: matrices are decayed, vectors (biases and norms) are not."""
+class FlatMuon(FlatAdamW, MuonAdamW):
+    """Muon beside AdamW where DeepSpeed keeps flat weights for a FusedAdam."""
+
+
+class SkippingMuon(SkippingAdamW, MuonAdamW):
+    """Muon beside AdamW where DeepSpeed looks at no gradient."""
+
+
+def parameter_groups(model: torch.nn.Module, settings: Optimizer) -> ParameterGroups:
+    """Matrices, which are decayed, and vectors (biases and norms), which are not; before them Muon's own, if any."""
     # ZeRO-3 leaves an empty vector in the place of a partitioned parameter and its true shape beside it.
     shapes = {parameter: getattr(parameter, "ds_shape", parameter.shape) for parameter in model.parameters()}
-    return [
-        {"params": [p for p, shape in shapes.items() if len(shape) >= 2], "weight_decay": weight_decay},
+    of_muon = matrix_scales(model) if settings.name == "muon" else {}
+    matrices = [p for p, shape in shapes.items() if len(shape) >= 2 and p not in of_muon]
+    groups: ParameterGroups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": [p for p, shape in shapes.items() if len(shape) < 2], "weight_decay": 0.0},
     ]
+    if not of_muon:
+        return groups
+    muon = {
+        "params": [p for p in shapes if p in of_muon],
+        "weight_decay": settings.weight_decay,
+        "momentum": settings.muon_momentum,
+        "rate_ratio": settings.muon_learning_rate / settings.learning_rate,
+    }
+    return [muon, *groups]
 
 
 def own_optimizer(spec: Spec, groups: ParameterGroups) -> torch.optim.Optimizer | None:
     """The optimizer to hand to DeepSpeed; None where DeepSpeed makes the right one from its JSON."""
-    if spec.zero.stage > 0:
+    settings, is_muon = spec.optimizer, spec.optimizer.name == "muon"
+    if spec.zero.stage > 0 and not is_muon:
         return None
-    settings = spec.optimizer
-    is_fp32 = spec.training.precision == "fp32"
-    kind = SkippingAdamW if is_fp32 else torch.optim.AdamW
-    optimizer = kind(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
-    if not is_fp32:
-        optimizer.__class__ = FlatAdamW  # constructing one would run FusedAdam's own constructor, which compiles
+    is_fp32_stage_0 = spec.zero.stage == 0 and spec.training.precision == "fp32"
+    kinds = (SkippingAdamW, torch.optim.AdamW) if not is_muon else (SkippingMuon, MuonAdamW)
+    optimizer = kinds[0 if is_fp32_stage_0 else 1](
+        groups,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.epsilon,
+        fused=settings.fused,
+        foreach=not settings.fused,
+    )
+    if spec.zero.stage == 0 and not is_fp32_stage_0:
+        # constructing one would run FusedAdam's own constructor, which compiles
+        optimizer.__class__ = FlatMuon if is_muon else FlatAdamW
     return optimizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -32,7 +33,7 @@ class ProgressReport:
             self._bar.start()
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Show the step of `record`: the bar always, a line every ten seconds and at each answer."""
+        """Show the step of `record`: the bar always, a line every ten seconds and at each answer, and samples."""
         self._num_records += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=_numbers(record))
@@ -42,6 +43,8 @@ class ProgressReport:
             self._last_line = time.monotonic()
             left = format_duration(self._seconds_left(record["step"]))
             logger.info("step %d/%d  %s  %s left", record["step"], self._train_steps, _numbers(record), left)
+        for sample in record.get("samples", ()):
+            logger.info("sample at step %d  %s", record["step"], _quoted(sample["prompt"] + sample["text"]))
 
     def close(self) -> None:
         """Give the terminal back."""
@@ -57,6 +60,11 @@ def _bar(console: Console) -> Progress:
     return Progress(
         BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(), console=console
     )
+
+
+def _quoted(text: str) -> str:
+    """On one line, the ends of its own written as they are in programs."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _numbers(record: dict[str, Any]) -> str:

@@ -7,14 +7,18 @@ exist at a time, in forward only, and their gradients are taken there and then. 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from dsllm.data.samples import IGNORED_LABEL
+from dsllm.errors import UserError
+from dsllm.model.balance import balance_of, with_gradient_of
+from dsllm.model.cuda_kernels import replaced
 from dsllm.model.document_mask import document_mask
 from dsllm.plan.activations import CHUNK_LOGITS_BYTES, PRODUCT_BYTES
 from dsllm.plan.workload import LossImplementation
@@ -27,6 +31,9 @@ class TrainingModel(nn.Module):
         super().__init__()
         causal_lm.set_output_embeddings(LossHead(causal_lm.get_output_embeddings(), implementation))
         self.causal_lm = causal_lm
+        self.balance = balance_of(causal_lm)
+        self.balance_loss: torch.Tensor | None = None
+        """Of the last micro-batch that was trained on, its weight left out; None for a model without experts."""
 
     def forward(
         self,
@@ -34,26 +41,47 @@ class TrainingModel(nn.Module):
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         loss_tokens: torch.Tensor | None = None,
+        logits_at: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy in nats a token, fp32: the sum over the counted labels over `loss_tokens`, a scalar, or over
         their number where that is absent.
 
         `input_ids` and `labels` are (sequences, sequence_length); `labels` are already shifted, -100 is left out. With
         `position_ids`, of the same shape, attention stays within a document: see document_mask.py. Without `labels`
-        the logits of every position, (sequences, sequence_length, padded vocabulary).
-        """
-        hidden = self._hidden_states(input_ids, position_ids)
-        return self.causal_lm.get_output_embeddings()(hidden, labels, loss_tokens)
+        the logits of every position, (sequences, sequence_length, padded vocabulary), or of one in each sequence, given
+        by `logits_at` (sequences,): (sequences, padded vocabulary).
 
-    def _hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """Of the last block, normalised. In a function of its own, so that a mask which no kernel keeps for backward is
-        gone before the loss."""
-        documents = {}
+        In training, a model with experts has the balancing loss in its gradients: see balance.py.
+        """
+        balance = self.balance if self.training and labels is not None else None
+        hidden, router_logits = self._hidden_states(input_ids, position_ids, balance is not None)
+        if logits_at is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at]
+        loss = self.causal_lm.get_output_embeddings()(hidden, labels, loss_tokens)
+        if balance is None:
+            return loss
+        balance_loss = balance.loss(router_logits, len(input_ids))
+        self.balance_loss = balance_loss.detach()
+        return with_gradient_of(loss, balance.weight * balance_loss)
+
+    def _hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, wants_routers: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Of the last block, normalised; and the logits of every block's router where they are wanted. In a function of
+        its own, so that a mask which no kernel keeps for backward is gone before the loss."""
+        extras: dict[str, Any] = {"output_router_logits": True} if wants_routers else {}
         if position_ids is not None:
             mask = document_mask(position_ids, self.causal_lm.dtype)
-            documents = {"position_ids": position_ids, "attention_mask": mask}
-        hidden: torch.Tensor = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **documents)[0]
-        return hidden
+            extras |= {"position_ids": position_ids, "attention_mask": mask}
+        with _unsearched_positions():
+            output = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **extras)
+        return output[0], output.router_logits if wants_routers else ()
+
+
+def _unsearched_positions() -> contextlib.AbstractContextManager[None]:
+    """Within, transformers does not look for packed documents in the positions, which it would read for that in every
+    forward, and a GPU be waited for: without a mask of ours there are none."""
+    return replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
 
 
 class LossHead(nn.Module):
@@ -65,7 +93,7 @@ class LossHead(nn.Module):
     def __init__(self, projection: nn.Linear, implementation: LossImplementation) -> None:
         super().__init__()
         if projection.bias is not None:
-            raise ValueError("an output projection with a bias has no chunked loss here")
+            raise UserError("model.config: a biased output projection; choose another model type")
         self.weight = projection.weight
         self.implementation = implementation
 
@@ -95,13 +123,6 @@ def chunked_cross_entropy(
     wants_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     loss: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, weight, labels, loss_tokens, wants_gradients)
     return loss
-
-
-def fused_loss_is_installed() -> bool:
-    """Whether liger-kernel is, whose kernels need a CUDA device."""
-    from importlib.util import find_spec
-
-    return find_spec("liger_kernel") is not None
 
 
 def _plain_cross_entropy(

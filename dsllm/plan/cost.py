@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dsllm.plan.hardware import Gpu
 from dsllm.plan.model_shape import flops_per_token
+from dsllm.plan.muon import spared_bytes
 from dsllm.plan.traffic import communication, host_traffic
 from dsllm.plan.work import Kernels, Work, micro_step_work, optimizer_work
 from dsllm.plan.workload import Workload
@@ -126,7 +127,7 @@ def step_time(
         memory_seconds=accumulation_steps * memory,
         host_seconds=accumulation_steps * waiting,
         communication_seconds=_exposed_seconds(run, machine, accumulation_steps, passing, assumed),
-        optimizer_seconds=max(update.host_seconds, work_seconds(update, run, machine.gpu, assumed)[1]),
+        optimizer_seconds=max(update.host_seconds, sum(work_seconds(update, run, machine.gpu, assumed))),
         offload_seconds=_offload_seconds(run, machine, accumulation_steps, assumed),
         pace=pace,
     )
@@ -237,16 +238,17 @@ def petaflop_s_days(run: Workload) -> float:
 
 
 def compute_optimal_tokens(run: Workload) -> int:
-    return TOKENS_PER_PARAMETER * run.shape.parameters
+    return TOKENS_PER_PARAMETER * run.shape.active_parameters
 
 
 def checkpoint_bytes(run: Workload) -> int:
-    """Disk that one checkpoint takes: the weights, and fp32 weights and two moments; fp32 at stage 0 is its own master.
+    """Disk that one checkpoint takes: the weights, and fp32 weights and two moments, of Muon's matrices one; fp32 at
+    stage 0 is its own master.
 
     14 bytes a parameter in 16 bits. Stage 3 writes between 12 and 14, as much of the weights as is not partitioned.
     """
     states = 8 if run.precision == "fp32" and run.zero.stage == 0 else 12
-    return (run.element_bytes + states) * run.shape.allocated_parameters
+    return (run.element_bytes + states) * run.shape.allocated_parameters - spared_bytes(run)
 
 
 def room_for_checkpoints(complete: int, each_bytes: int, keep_last: int) -> tuple[int, int]:

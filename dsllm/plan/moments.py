@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsllm.plan.buckets import live_elements, persistence_threshold_elements, sub_group_elements
+from dsllm.plan.muon import orthogonalisation_bytes
 from dsllm.plan.states import Layout
 
 Moment = Literal[
@@ -59,7 +60,9 @@ def moments(layout: Layout) -> dict[Moment, Held]:
     `between` is between two micro-batches: DeepSpeed's `step` is called there too.
     """
     found = _moments(layout)
-    return {"between": found["forward"], **found}
+    orthogonalised = Held(temporaries=orthogonalisation_bytes(layout.run, layout.world_size))
+    update = found.get("update", Held()) + orthogonalised
+    return {"between": found["forward"], **found, **({"update": update} if orthogonalised.total_bytes else {})}
 
 
 def _moments(layout: Layout) -> dict[Moment, Held]:

@@ -1,10 +1,12 @@
 """How ZeRO stages 1 and 2 cut the parameters into ranks' shares, and how their gradients fill buckets.
 
-Matrices and vectors are two groups, each laid end to end and cut into even shares (runtime/zero/stage_1_and_2.py).
+Matrices and vectors are two groups, Muon's a third; each is laid end to end and cut into even shares
+(runtime/zero/stage_1_and_2.py).
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -89,19 +91,28 @@ def _flush(group: list[tuple[Tensor, list[tuple[int, int]]]], bucket_elements: i
     )
 
 
-def _shares(tensors: tuple[Tensor, ...], world_size: int) -> dict[bool, int]:
+_Group = tuple[bool, bool]
+
+
+def _group(tensor: Tensor) -> _Group:
+    return tensor.is_matrix, tensor.is_muons
+
+
+def _shares(tensors: tuple[Tensor, ...], world_size: int) -> dict[_Group, int]:
     """Elements of a rank in each group."""
-    sums = {kind: sum(tensor.elements for tensor in tensors if tensor.is_matrix == kind) for kind in (True, False)}
-    return {kind: 2 * -(-total // (2 * world_size)) for kind, total in sums.items()}
+    sums: dict[_Group, int] = defaultdict(int)
+    for tensor in tensors:
+        sums[_group(tensor)] += tensor.elements
+    return {group: 2 * -(-total // (2 * world_size)) for group, total in sums.items()}
 
 
 def _pieces(tensors: tuple[Tensor, ...], world_size: int) -> Iterator[tuple[Tensor, list[tuple[int, int]]]]:
     """Each tensor, with the ranks among which it is cut and the elements of each."""
     shares = _shares(tensors, world_size)
-    starts = {True: 0, False: 0}
+    starts: dict[_Group, int] = defaultdict(int)
     for tensor in tensors:
-        share, start = shares[tensor.is_matrix], starts[tensor.is_matrix]
+        share, start = shares[_group(tensor)], starts[_group(tensor)]
         end = start + tensor.elements
-        starts[tensor.is_matrix] = end
+        starts[_group(tensor)] = end
         ranks = range(start // share, (end - 1) // share + 1)
         yield tensor, [(rank, min(end, (rank + 1) * share) - max(start, rank * share)) for rank in ranks]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dsllm.plan.buckets import reduce_bucket_elements, sub_group_elements
+from dsllm.plan.muon import optimizer_tensors, spared_bytes
 from dsllm.plan.partitions import Flush, Partition, flushes, partition
 from dsllm.plan.workload import ELEMENT_BYTES, Device, Workload
 
@@ -43,7 +44,7 @@ class Layout:
     @property
     def partition(self) -> Partition:
         """What a rank steps of the shape's tensors; scaled where only the number of parameters is known."""
-        cut = partition(self.run.shape.tensors, self.world_size)
+        cut = partition(optimizer_tensors(self.run), self.world_size)
         if self.parameters == self.run.shape.allocated_parameters:
             return cut
         return replace(cut, elements=self.share, touched=max(self.share, cut.touched))
@@ -51,7 +52,7 @@ class Layout:
     @property
     def flushes(self) -> tuple[Flush, ...]:
         """Stages 1 and 2: what is reduced at a time, in the order of backward."""
-        return flushes(self.run.shape.tensors, self.world_size, self.bucket)
+        return flushes(optimizer_tensors(self.run), self.world_size, self.bucket)
 
     @property
     def bucket(self) -> int:
@@ -97,7 +98,8 @@ def parameters_bytes(layout: Layout) -> int:
 
 
 def optimizer_bytes(layout: Layout) -> int:
-    """fp32 master copy and two Adam moments, 4 + 4 + 4 bytes a parameter, partitioned from stage 1 on.
+    """fp32 master copy and two Adam moments, 4 + 4 + 4 bytes a parameter, partitioned from stage 1 on; of Muon's
+    matrices one moment.
 
     fp32 weights are their own master at stage 0; the ZeRO optimizers make a copy of the partition all the same
     (ZeRO, arXiv:1910.02054, section 3.1).
@@ -105,8 +107,8 @@ def optimizer_bytes(layout: Layout) -> int:
     if layout.run.zero.offload_optimizer != "none":
         return 0
     if layout.stage == 0:
-        return layout.parameters * (8 if layout.run.precision == "fp32" else 12)
-    return 12 * layout.share
+        return layout.parameters * (8 if layout.run.precision == "fp32" else 12) - spared_bytes(layout.run)
+    return 12 * layout.share - spared_bytes(layout.run) // layout.world_size
 
 
 def host_bytes(layout: Layout) -> int:
@@ -116,7 +118,7 @@ def host_bytes(layout: Layout) -> int:
     if run.zero.offload_optimizer == "cpu":
         # master and moments; fp32 gradients; stages 1 and 2 a staging copy of the weights, stage 3 the flat gradients
         staging = layout.accumulation if layout.stage == 3 else layout.weight
-        total += (12 + 4 + staging) * parameters
+        total += (12 + 4 + staging) * parameters - spared_bytes(run)
     if run.zero.offload_optimizer == "nvme":
         total += 4 * 4 * min(sub_group_elements(run.shape), layout.share) * layout.world_size
         total += layout.accumulation * parameters

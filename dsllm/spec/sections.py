@@ -29,7 +29,6 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 OffloadDevice = Literal["none", "cpu", "nvme"]
 Precision = Literal["bf16", "fp16", "fp32"]
 LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-LAYERS_PATTERN = r"^\d+(-\d+)?(,\d+(-\d+)?)*$"
 
 
 class Section(BaseModel):
@@ -60,9 +59,9 @@ class Pretrained(Section):
     """A Hugging Face folder, such as `dsllm export` and `dsllm grow` write, or a name on the Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    layers: Annotated[str, Field(pattern=LAYERS_PATTERN)] | None = None
-    """Which of its layers, counted from 0, become those of the model, in order: `0-7,4-11` makes 16 of 12 (depth
-    up-scaling), `0-4,7-11` makes 10. All when absent."""
+    layers: str | None = None
+    """Which of its layers, counted from 0, become those of the model, in order: "0-7,4-11" makes 16 of 12 (depth
+    up-scaling), "0-4,7-11" makes 10. All when absent."""
 
 
 Init = Annotated[Scratch | Pretrained, Field(discriminator="kind")]
@@ -71,6 +70,8 @@ Init = Annotated[Scratch | Pretrained, Field(discriminator="kind")]
 class ModelSection(Section):
     """What every model has."""
 
+    family: str
+    """The architecture; each kind of model says which."""
     init: Init = Scratch()
     """The weights that training starts from."""
     vocab_size: PositiveInt | None = None
@@ -335,7 +336,7 @@ class Optimizer(Section):
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate of AdamW."""
     muon_learning_rate: PositiveFloat = 0.02
-    """Peak learning rate of Muon's matrices (muon only); the schedule is the same."""
+    """Peak learning rate of Muon's matrices (muon only); it follows the same schedule."""
     muon_momentum: Decay = 0.95
     """Decay of Muon's momentum (muon only)."""
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
@@ -345,9 +346,9 @@ class Optimizer(Section):
     weight_decay: NonNegativeFloat = 0.1
     """Decay of matrices; vectors (biases, norms) are never decayed."""
     gradient_clipping: NonNegativeFloat = 1.0
-    """Largest allowed norm of the gradients; 0 switches clipping off."""
+    """Largest allowed norm of the gradients, before Muon makes anything of them; 0 switches clipping off."""
     fused: bool = True
-    """Whether AdamW's update is one kernel."""
+    """Whether AdamW's update is one kernel for all tensors, rather than one for each of its operations."""
 
 
 class Schedule(Section):

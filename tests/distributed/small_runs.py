@@ -12,7 +12,7 @@ import torch
 
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Spec
-from tests.distributed.reference import ReferenceRun, train_reference
+from tests.distributed.reference import MuonSettings, ReferenceRun, train_reference
 
 GLOBAL_BATCH_SIZE = 8
 SEQUENCE_LENGTH = 32
@@ -164,7 +164,15 @@ def reference_run(family: str, steps: int, overrides: tuple[str, ...] = (), is_p
         weight_decay=spec.optimizer.weight_decay,
         gradient_clipping=spec.optimizer.gradient_clipping,
         micro_batch_size=4,
+        muon=_muon_settings(spec),
     )
+
+
+def _muon_settings(spec: Spec) -> MuonSettings | None:
+    settings = spec.optimizer
+    if settings.name != "muon":
+        return None
+    return MuonSettings(settings.muon_learning_rate / settings.learning_rate, settings.muon_momentum)
 
 
 def weights_digest(module: torch.nn.Module) -> str:

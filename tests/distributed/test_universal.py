@@ -10,7 +10,7 @@ import torch
 
 from dsllm.checkpoint.convert import convert
 from dsllm.checkpoint.layout import step_folder
-from dsllm.checkpoint.states import KINDS, open_states
+from dsllm.checkpoint.states import ADAM_MOMENTS, MASTER, open_states
 from tests.distributed.harness import run_python_ranks
 from tests.distributed.universal_runs import STEPS, convert_with_deepspeed
 
@@ -53,7 +53,7 @@ def states_of(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:
     states = open_states(checkpoint)
     found = {}
     for name, shape in states.shapes.items():
-        for kind in KINDS:
+        for kind in (MASTER, *states.moments(name)):
             found[name, kind] = torch.empty(shape)
             states.copy(kind, name, 0, found[name, kind].view(-1))
     return found
@@ -89,7 +89,7 @@ def test_deepspeed_loads_it_at_stages_that_its_own_would_not(saved, converted, t
 def test_deepspeeds_own_converter_finds_the_same(name: str, saved, converted, tmp_path: Path) -> None:
     convert_with_deepspeed(str(saved[name]), str(tmp_path / "universal"))
     ours = sorted(path.relative_to(converted[name] / "zero") for path in (converted[name] / "zero").glob("*/*.pt"))
-    for path in (path for path in ours if path.stem in KINDS):
+    for path in (path for path in ours if path.stem in (MASTER, *ADAM_MOMENTS)):
         theirs = torch.load(tmp_path / "universal" / "zero" / path, weights_only=True)
         own = torch.load(converted[name] / "zero" / path, weights_only=True)
         theirs = theirs if isinstance(theirs, torch.Tensor) else theirs["param"]  # bare and flat from its stage 3
