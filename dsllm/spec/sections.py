@@ -427,8 +427,8 @@ class HellaSwag(Section):
     """Which of four endings the model finds likeliest, asked of the items of a file."""
 
     path: str
-    """A JSONL file of HellaSwag's rows (`ctx_a`, `ctx_b`, `activity_label`, `endings`, `label`), or a dataset on the
-    Hub."""
+    """A JSONL file of HellaSwag's rows (`ctx_a`, `ctx_b`, `activity_label`, `endings`, `label`), or a dataset with a
+    validation split of them: a folder, or a name on the Hub such as `Rowan/hellaswag`."""
     items: PositiveInt | None = None
     """Items asked, the first of the file; all when absent."""
     interval: PositiveInt = 1000
