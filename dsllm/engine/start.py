@@ -42,7 +42,7 @@ def start_engine(spec: Spec, ds_config: dict[str, Any], start: StartingPoint | N
     allow_tf32(spec.training.tf32)
     config = model_config(spec)
     if spec.model.family == "auto":
-        check_suitable(config, spec.zero.stage)
+        check_suitable(config, spec.zero.stage, spec.data.mask_documents)
     partitioned = ds_config if spec.zero.stage == 3 else None
     causal_lm = build_model(config, DTYPES[spec.training.precision], partitioned)
     if start is not None:

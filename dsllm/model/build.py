@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsllm.errors import UserError
 from dsllm.model.configs import auto_config
-from dsllm.model.families import family_config
+from dsllm.model.families import NO_TOKENS, family_config
 from dsllm.plan.model_shape import model_shape
 from dsllm.spec.derived import written_config
 from dsllm.spec.sections import Spec
@@ -32,7 +32,8 @@ def model_config(spec: Spec) -> PretrainedConfig:
     if model.family == "auto":
         config = auto_config(written_config(model))
         config.vocab_size = round_up(spec.vocab_size, model.vocab_padding_multiple)
-        config.bos_token_id = config.eos_token_id = config.pad_token_id = None  # they may not be in this vocabulary
+        for name, value in NO_TOKENS.items():
+            setattr(config, name, value)
         _check_attention(config, model.attention)
     else:
         config = family_config(model, model_shape(spec))

@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -86,7 +87,7 @@ def auto_config(keys: dict[str, Any], source: str = "model.config") -> Pretraine
     _check_keys(keys, config_class(), source)
     try:
         config = config_class.from_dict({key: value for key, value in keys.items() if key != "torch_dtype"})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: transformers takes it for no {model_type} ({reason}); correct the key") from error
     check_is_causal(config, source)

@@ -18,7 +18,7 @@ from transformers import (
 from dsllm.plan.model_shape import ModelShape
 from dsllm.spec.sections import Model
 
-NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 """A family's own may not be in this vocabulary; the export sets the tokenizer's."""
 
 GROUPED_EXPERTS = "grouped_mm"

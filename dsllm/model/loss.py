@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedModel, masking_utils
 
 from dsllm.data.samples import IGNORED_LABEL
-from dsllm.errors import UserError
 from dsllm.model.balance import balance_of, with_gradient_of
 from dsllm.model.cuda_kernels import replaced
 from dsllm.model.document_mask import document_mask
@@ -71,7 +70,8 @@ class TrainingModel(nn.Module):
         its own, so that a mask which no kernel keeps for backward is gone before the loss."""
         extras: dict[str, Any] = {"output_router_logits": True} if wants_routers else {}
         if position_ids is not None:
-            mask = document_mask(position_ids, self.causal_lm.dtype)
+            window = getattr(self.causal_lm.config, "sliding_window", None)
+            mask = document_mask(position_ids, self.causal_lm.dtype, window)
             extras |= {"position_ids": position_ids, "attention_mask": mask}
         with _unsearched_positions():
             output = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **extras)
@@ -93,7 +93,7 @@ class LossHead(nn.Module):
     def __init__(self, projection: nn.Linear, implementation: LossImplementation) -> None:
         super().__init__()
         if projection.bias is not None:
-            raise UserError("model.config: a biased output projection; choose another model type")
+            raise ValueError("an output projection with a bias has no chunked loss here")
         self.weight = projection.weight
         self.implementation = implementation
 

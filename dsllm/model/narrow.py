@@ -7,13 +7,19 @@ import json
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from dsllm.errors import UserError
+from dsllm.model.families import NO_TOKENS
 
 VOCAB_SIZE = 512
 POSITIONS = 64
 NUM_LAYERS = 2
 HIDDEN_SIZE, NUM_HEADS, HEAD_SIZE = 64, 4, 16
 PROBE_TOKENS = 8
+UNFIT = (StrictDataclassError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
+"""What transformers raises where sizes do not hang together."""
 
 
 def narrowed(config: PretrainedConfig, vocab_size: int = VOCAB_SIZE, positions: int = POSITIONS) -> PretrainedConfig:
@@ -24,10 +30,19 @@ def narrowed(config: PretrainedConfig, vocab_size: int = VOCAB_SIZE, positions: 
 
 
 def narrow_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The small one with the weights that transformers itself gives it, in fp32 on the CPU; always the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(narrowed(config), dtype=torch.float32).eval()
+    """The small one with the weights that transformers itself gives it, in fp32 on the CPU; always the same.
+
+    Raises UserError where it cannot be built.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(narrowed(config), dtype=torch.float32).eval()
+    except UNFIT as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.config: no model of type {config.model_type} can be built of it ({reason}); correct its sizes"
+        ) from error
 
 
 def _narrow_sizes(config: PretrainedConfig, positions: int) -> dict[str, Any]:
@@ -48,18 +63,24 @@ def _narrow_sizes(config: PretrainedConfig, positions: int) -> dict[str, Any]:
         "num_experts": max(4, chosen),
         "max_position_embeddings": positions,
     }
-    return {name: size for name, size in sizes.items() if getattr(config, name, None) is not None}
+    return {name: size for name, size in sizes.items() if _can_be_set(config, name)}
+
+
+def _can_be_set(config: PretrainedConfig, name: str) -> bool:
+    is_derived = isinstance(getattr(type(config), name, None), property)
+    return not is_derived and getattr(config, name, None) is not None
 
 
 def _changed(config: PretrainedConfig, sizes: dict[str, Any]) -> PretrainedConfig | None:
     """With other sizes; None where the type refuses them. What follows from sizes is left to follow again."""
     own_names = {config.attribute_map.get(name, name): size for name, size in sizes.items()}
-    keys = {key: value for key, value in config.to_dict().items() if key != "layer_types"}
+    keys = {key: value for key, value in config.to_dict().items() if key != "layer_types"} | NO_TOKENS
     try:
         changed = CONFIG_MAPPING[config.model_type].from_dict({**keys, **own_names})
-    except (ValueError, TypeError, KeyError):
+    except UNFIT:
         return None
     changed._attn_implementation = config._attn_implementation
+    changed._experts_implementation = config._experts_implementation
     return changed
 
 
@@ -81,6 +102,6 @@ def _runs_as(model_type: str, keys: str) -> bool:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type].from_dict(json.loads(keys)))
             model(input_ids=torch.zeros(1, PROBE_TOKENS, dtype=torch.long))
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (*UNFIT, IndexError):
         return False
     return True

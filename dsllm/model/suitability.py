@@ -12,8 +12,9 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsllm.errors import UserError
+from dsllm.model.document_mask import document_mask
 from dsllm.model.families import CONFIGS, GROUPED_EXPERTS
-from dsllm.model.narrow import narrow_model
+from dsllm.model.narrow import UNFIT, narrow_model
 
 HEAD_SCALE = 1000.0
 """The head's weights are enlarged by so much, that a cap on the logits shows."""
@@ -22,9 +23,9 @@ TOLERANCE = 1e-3
 PROBE = tuple(range(1, 17))
 
 
-def check_suitable(config: PretrainedConfig, zero_stage: int) -> None:
+def check_suitable(config: PretrainedConfig, zero_stage: int, masks_documents: bool) -> None:
     """Raises UserError for a type that does something to its logits, has weights that no rule here draws or experts
-    that differ from rank to rank, or no blocks.
+    that differ from rank to rank, no blocks, or documents that see each other through a mask.
 
     Looked at on a small model of the type, on the CPU.
     """
@@ -35,11 +36,33 @@ def check_suitable(config: PretrainedConfig, zero_stage: int) -> None:
     drawn = [name for name, value in own_vectors(config).items() if value is None]
     if drawn:
         raise UserError(f"{kind} draws {drawn[0]} in a way of its own, which dsllm has not; choose another model type")
+    if masks_documents:
+        _check_mask(model, kind)
     has_experts = any(".experts." in name for name, _ in model.named_parameters())
     if zero_stage == 3 and has_experts and model.config._experts_implementation != GROUPED_EXPERTS:
         raise UserError(
             f"{kind} at zero.stage 3: its experts are computed one by one as tokens choose them, and ranks would wait "
             "for each other for ever; set zero.stage to 2 or less"
+        )
+
+
+@torch.no_grad()
+def _check_mask(model: PreTrainedModel, kind: str) -> None:
+    """What comes of a document is the same alone and behind another one."""
+    ids, length = torch.tensor([PROBE]), len(PROBE) // 2
+    positions = torch.arange(len(PROBE)).remainder(length)[None]
+    window = getattr(model.config, "sliding_window", None)
+    mask = document_mask(positions, torch.float32, window)
+    alone = model.base_model(input_ids=ids[:, length:], use_cache=False)[0]
+    try:
+        packed = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)[0]
+        is_kept = (packed[:, length:] - alone).abs().max() <= TOLERANCE * alone.abs().max()
+    except UNFIT:
+        is_kept = False
+    if not is_kept:
+        raise UserError(
+            f"{kind} with data.mask_documents: its attention takes no mask of documents; set data.mask_documents to "
+            "false, or choose another model type"
         )
 
 
@@ -76,7 +99,7 @@ def _check_logits(model: PreTrainedModel, kind: str) -> None:
     head, ids = model.get_output_embeddings(), torch.tensor([PROBE])
     if head is None or getattr(head, "bias", None) is not None:
         raise UserError(
-            f"{kind} has an output projection with a bias, or none, for which no loss is here; choose another"
+            f"{kind} has no output projection, or one with a bias, which no loss here has; choose another model type"
         )
     head.weight.mul_(HEAD_SCALE)
     expected = model(input_ids=ids).logits
