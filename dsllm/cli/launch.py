@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from dsllm.launch.ending import Ending
     from dsllm.launch.run_plan import RunPlan
     from dsllm.launch.topology import Topology
-    from dsllm.model.shapes import shape_of
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -90,6 +89,7 @@ def launch(
     from dsllm.launch.launchers import choose_launcher, train_arguments
     from dsllm.launch.restarts import Patience, carry_through
     from dsllm.launch.run_plan import RunPlan
+    from dsllm.model.shapes import shape_of
     from dsllm.plan.batch import check_batch
     from dsllm.units import parse_duration
 
