@@ -32,7 +32,14 @@ MASKED = [
     (1, "gpt2", "fp32", "none", 1, "chunked", "data.mask_documents=true"),
     (3, "llama", "bf16", "full", 2, "chunked", "data.mask_documents=true"),
 ]
-CASES = [*((stage, *kind) for stage, kind in itertools.product(range(4), KINDS)), *MASKED]
+OTHER_FAMILIES = [
+    (0, "qwen3", "fp32", "none", 1, "chunked", "model.head_size=64"),
+    (3, "mistral", "bf16", "full", 2, "chunked", "model.sliding_window=32"),
+    (1, "mixtral", "bf16", "full", 1, "chunked", "model.num_experts=4"),
+    (2, "mixtral", "fp32", "none", 2, "chunked", "model.num_experts=4"),
+    (3, "mixtral", "fp32", "none", 1, "chunked", "model.num_experts=4"),
+]
+CASES = [*((stage, *kind) for stage, kind in itertools.product(range(4), KINDS)), *MASKED, *OTHER_FAMILIES]
 
 
 def case_of(
