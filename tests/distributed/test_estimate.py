@@ -32,7 +32,11 @@ MASKED = [
     (1, "gpt2", "fp32", "none", 1, "chunked", "data.mask_documents=true"),
     (3, "llama", "bf16", "full", 2, "chunked", "data.mask_documents=true"),
 ]
-CASES = [*((stage, *kind) for stage, kind in itertools.product(range(4), KINDS)), *MASKED]
+MUON = [
+    (2, "gpt2", "bf16", "none", 2, "chunked", "optimizer.name=muon"),
+    (3, "llama", "fp32", "none", 1, "chunked", "optimizer.name=muon"),
+]
+CASES = [*((stage, *kind) for stage, kind in itertools.product(range(4), KINDS)), *MASKED, *MUON]
 
 
 def case_of(
