@@ -26,15 +26,19 @@ TRAIN = [
     "tensorboard>=2.16",
     "tokenizers>=0.21",
     "torch>=2.6",
-    "transformers>=5.0",
+    "transformers>=5.23",
     "wandb>=0.18",
 ]
 DEEPLAKE = [
     "deeplake>=4.3",  # reads the datasets of Deep Lake 3 too
 ]
+HARNESS = [
+    "accelerate>=1.1",  # its models of transformers import it
+    "lm-eval>=0.4.12",  # loads tasks by TaskManager.load
+]
 DEV = [
+    *HARNESS,
     "deeplake>=4.3; python_version < '3.14'",  # as [deeplake], where it has a release
-    "accelerate>=1.1",  # the Hugging Face Trainer of `make bench`
     "hypothesis>=6.100",
     "mypy>=1.11",
     "psutil>=5.9",  # the test harness ends what it started
@@ -71,7 +75,7 @@ setup(
     packages=find_packages(include=["dsllm", "dsllm.*"]),
     package_data={"dsllm.engine": ["*.cpp"], "dsllm.plan": ["hardware.yaml"], "dsllm.spec": ["presets/*.yaml"]},
     install_requires=LIGHT,
-    extras_require={"train": TRAIN, "deeplake": DEEPLAKE, "dev": DEV},
+    extras_require={"train": TRAIN, "deeplake": DEEPLAKE, "harness": HARNESS, "dev": DEV},
     entry_points={"console_scripts": ["dsllm = dsllm.cli.app:main"]},
     classifiers=[
         "Environment :: Console",

@@ -22,15 +22,19 @@ from dsllm.spec.sections import Spec
 
 
 def build_ds_config(
-    spec: Spec, world_size: int, device: Device = "cuda", micro_batch_size: int | None = None
+    spec: Spec,
+    world_size: int,
+    device: Device = "cuda",
+    micro_batch_size: int | None = None,
+    shape: ModelShape | None = None,
 ) -> dict[str, Any]:
     """The DeepSpeed JSON of `spec` on `world_size` ranks.
 
-    `micro_batch_size` (sequences) is needed where the spec says `auto`. Raises UserError where the global batch does
-    not divide.
+    `micro_batch_size` (sequences) is needed where the spec says `auto`, `shape` where no formula has the network's
+    sizes. Raises UserError where the global batch does not divide.
     """
     batch = resolve_batch(spec.batch, world_size, micro_batch_size)
-    run = workload(spec)
+    run = workload(spec, shape=shape)
     return {
         **_batch_keys(batch),
         **_precision_keys(spec, run),

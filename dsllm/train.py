@@ -88,6 +88,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str, limit: TimeLimit, envir
     """One run, on every rank: they meet, and from then on none waits for one that hangs or has died."""
     from dsllm.engine import ranks, watchdog
     from dsllm.engine.run_folder import RunFolder, log_to
+    from dsllm.model.configs import with_written_config
 
     world = ranks.join(watchdog.patience_seconds(spec.guards.hang_seconds))
     if environment_file is not None:
@@ -95,6 +96,7 @@ def run_training(spec: Spec, run_dir: Path, resume: str, limit: TimeLimit, envir
     folder = RunFolder(run_dir)
     log_to(folder.logs, world.rank)
     with watchdog.watch(world, folder.logs, spec.guards.hang_seconds) as activity:
+        spec = ranks.on_rank_0(lambda: with_written_config(spec, folder.spec))
         carry_out(spec, world, folder, resume, limit, activity)
 
 
@@ -103,23 +105,32 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     import torch
 
     from dsllm.checkpoint.layout import run_folder_of
-    from dsllm.checkpoint.resume import candidates, check_same_data, check_same_run, conversion, load_checkpoint
+    from dsllm.checkpoint.resume import (
+        candidates,
+        check_same_data,
+        check_same_run,
+        conversion,
+        load_checkpoint,
+        started_from,
+    )
     from dsllm.checkpoint.retention import foretell_room
     from dsllm.checkpoint.save import CheckpointSaver
     from dsllm.checkpoint.verify import first_sound
-    from dsllm.data.shards import read_manifest
     from dsllm.ds_config import build_ds_config
-    from dsllm.engine import evaluation, exhausted, inputs, memory_report, metrics, ranks, requests, schedule
+    from dsllm.engine import exhausted, inputs, memory_report, metrics, ranks, requests, schedule
     from dsllm.engine.allocators import allocator
     from dsllm.engine.gates.check import conclude
     from dsllm.engine.gates.training import check_small_model
     from dsllm.engine.gates.weights import check_weights
     from dsllm.engine.judge import open_judge
     from dsllm.engine.memory_meter import MemoryMeter
+    from dsllm.engine.questions import open_questions, read_material
     from dsllm.engine.run_folder import describe_run, make_passport
     from dsllm.engine.start import loss_implementation, start_engine
-    from dsllm.engine.trainer import Question, train
+    from dsllm.engine.starting_point import FROM_SCRATCH, open_starting_point
+    from dsllm.engine.trainer import train
     from dsllm.launch.devices import calibration_file
+    from dsllm.model.shapes import shape_of
     from dsllm.plan.batch import resolve_batch
     from dsllm.plan.calibration import read_constants
     from dsllm.plan.cost import checkpoint_bytes
@@ -135,9 +146,11 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
         ranks.on_rank_0(lambda: check_same_run(spec, checkpoint))
+    start = open_starting_point(spec) if checkpoint is None else None  # a run that goes on needs none any more
 
     # What is to be done, on what.
-    run, device = workload(spec, loss_implementation(spec)), ranks.device_type()
+    shape = shape_of(spec)
+    run, device = workload(spec, loss_implementation(spec), shape), ranks.device_type()
     constants = ranks.on_rank_0(lambda: read_constants(calibration_file()).get(ranks.device_name()))
     beside_tensors = (constants.runtime_bytes, constants.reserved_ratio or 1.0) if constants else ()
     micro_batch_size = choose_micro_batch(run, world.size, ranks.memory_bytes(world), device, *beside_tensors)
@@ -148,11 +161,15 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     needs = exhausted.Needs(Way(run, world.size, micro_batch_size), predict, world)
     batch = resolve_batch(spec.batch, world.size, micro_batch_size)
     steps = train_steps(spec.training, batch.tokens_per_step)
-    ds_config = build_ds_config(spec, world.size, device, micro_batch_size)
+    ds_config = build_ds_config(spec, world.size, device, micro_batch_size, shape)
     activity("preparing tokens")
     data = inputs.ready_data(spec, folder)
     activity("starting")
-    passport = ranks.on_rank_0(lambda: make_passport(spec, world.size, ranks.device_name(), data))
+    material = read_material(spec, folder.tokenizer)
+    if start is not None:
+        start.check_tokenizer(folder.tokenizer)
+    init = started_from(checkpoint) if checkpoint is not None else start.facts if start is not None else FROM_SCRATCH
+    passport = ranks.on_rank_0(lambda: make_passport(spec, world.size, ranks.device_name(), data, init))
     if checkpoint is not None:
         ranks.on_rank_0(lambda: check_same_data(checkpoint, passport))
 
@@ -161,9 +178,9 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     checks = check_small_model(spec, world, asked, activity) if is_checked else []
     memory = MemoryMeter(allocator(device))
     with exhausted.explained(needs, memory, "at the start of the engine"):
-        engine = start_engine(spec, ds_config)
+        engine = start_engine(spec, ds_config, start)
     if is_checked:
-        conclude([check_weights(engine.module.causal_lm), *checks], folder.checks)
+        conclude([check_weights(engine.module.causal_lm, start), *checks], folder.checks)
     torch.manual_seed(spec.seed + world.rank)  # for dropout: weights and data have generators of their own
     first_step = 0
     if checkpoint is not None:
@@ -172,8 +189,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
         first_step = load_checkpoint(engine, checkpoint)
     with ranks.together():
         read_training = inputs.open_training(data, spec, batch, world)
-        validation = inputs.open_validation(data, spec, batch, world)
-        shares = evaluation.mix_shares(spec.data, read_manifest(data))
+        questions = open_questions(spec, data, folder, batch, world, engine, material, activity)
     ranks.on_rank_0(lambda: describe_run(folder, spec, ds_config, passport))
     ranks.on_rank_0(lambda: foretell_room(folder.checkpoints, checkpoint_bytes(run), spec.checkpoint.keep_last))
 
@@ -195,8 +211,6 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
             record.go_back(step)
             return step
 
-        ask_validation = functools.partial(evaluation.evaluate, engine, activity.counting(validation), shares)
-        questions = [Question(spec.evaluation.interval, ask_validation, at_first=True)]
         # From here on: what came before is no part of a step. All agree on the clock of rank 0.
         asked.limit = limit if world.rank == 0 else None
         done = train(
@@ -241,15 +255,20 @@ def check_start(spec: Spec, run_dir: Path) -> None:
     from dsllm.engine.requests import Requests
     from dsllm.engine.run_folder import RunFolder, log_to
     from dsllm.engine.start import start_engine
+    from dsllm.engine.starting_point import open_starting_point
+    from dsllm.model.configs import with_written_config
+    from dsllm.model.shapes import shape_of
 
     world = ranks.join()
     folder = RunFolder(run_dir)
     log_to(folder.logs, world.rank)
+    spec = ranks.on_rank_0(lambda: with_written_config(spec))
     # nothing is read by it: where the spec leaves the micro-batch open, one that always divides will do
-    ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size=1)
+    ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size=1, shape=shape_of(spec))
+    start = open_starting_point(spec)
     checks = check_small_model(spec, world, Requests(), Activity())
-    engine = start_engine(spec, ds_config)
-    conclude([check_weights(engine.module.causal_lm), *checks], folder.checks)
+    engine = start_engine(spec, ds_config, start)
+    conclude([check_weights(engine.module.causal_lm, start), *checks], folder.checks)
 
 
 def _speaks_for_others(place: Place) -> bool:

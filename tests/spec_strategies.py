@@ -9,28 +9,37 @@ from hypothesis import strategies as st
 from dsllm.spec.load import parse_spec
 from dsllm.spec.sections import Spec
 
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral")
+
 positive = st.floats(min_value=1e-12, max_value=1e12, allow_subnormal=False)
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
 
 
 @st.composite
 def models(draw: st.DrawFn, positions: int) -> dict[str, Any]:
-    family = draw(st.sampled_from(["gpt2", "llama"]))
+    family = draw(st.sampled_from(FAMILIES))
     groups, heads_per_group = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     heads = groups * heads_per_group
     model: dict[str, Any] = {
         "family": family,
         "num_layers": draw(st.integers(1, 100)),
         "num_attention_heads": heads,
-        "hidden_size": heads * 2 * draw(st.integers(1, 64)),
+        "hidden_size": heads * 2 * draw(st.integers(1, 64)) * (4 if family == "mixtral" else 1),
         "max_position_embeddings": positions,
         "tie_word_embeddings": draw(st.booleans()),
         "norm_epsilon": draw(positive),
     }
-    if family == "llama":
-        model |= {"num_key_value_heads": groups, "rope_theta": draw(positive)}
-    else:
-        model["dropout"] = draw(st.floats(min_value=0, max_value=0.9))
+    if family == "gpt2":
+        return {**model, "dropout": draw(st.floats(min_value=0, max_value=0.9))}
+    model |= {"num_key_value_heads": groups, "rope_theta": draw(positive)}
+    if family != "qwen2":
+        model["head_size"] = draw(st.none() | st.integers(1, 64).map(lambda half: 2 * half))
+    if family in ("mistral", "mixtral"):
+        model["sliding_window"] = draw(st.none() | st.integers(1, 4096))
+    if family == "mixtral":
+        experts = draw(st.integers(2, 16))
+        chosen = draw(st.integers(2, experts))
+        model |= {"num_experts": experts, "num_experts_per_token": chosen, "balance_loss_weight": draw(positive)}
     return model
 
 

@@ -486,7 +486,7 @@ def test_tracing_without_torch_says_what_to_install(
         ),
         (
             ["--spec", "1b", "--set", "model=null"],
-            "1b: model: given null; must be a section with family, num_layers, hidden_size, num_attention_heads",
+            "1b: model: given null; must be a section whose family is one of gpt2, llama, mistral",
         ),
         (
             ["--spec", "1b", "--gpus", "7"],
@@ -525,7 +525,7 @@ def test_a_spec_without_a_model_says_so(capsys: pytest.CaptureFixture[str], tmp_
     path.write_text("\n".join(lines[:start] + lines[end:]))
     status, _, err = run(capsys, "estimate-memory", "--spec", str(path))
     assert status == 2
-    assert err.startswith(f"dsllm: {path}: model: missing; must be a section with family, num_layers, hidden_size")
+    assert err.startswith(f"dsllm: {path}: model: missing; must be a section whose family is one of gpt2")
     assert err.count("\n") == 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dsllm.data.shards import Manifest, SourceRecord, StreamRecord
-from dsllm.engine.evaluation import combined_loss, mix_shares
+from dsllm.evaluation.validation import combined_loss, mix_shares
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Data
 

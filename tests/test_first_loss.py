@@ -21,6 +21,13 @@ def test_a_first_loss_that_no_untrained_model_has_stops_the_run_with_both_number
         check_first_loss(1.2, 6.9)
 
 
+def test_a_trained_model_may_begin_anywhere_below_and_not_far_above() -> None:
+    for loss in (1.2, 6.9, 9.8):
+        check_first_loss(loss, 6.9, is_untrained=False)
+    with pytest.raises(TrainingError, match=r"^step 1: the loss is 87\.00, where even an untrained model has 6\.90; "):
+        check_first_loss(87.0, 6.9, is_untrained=False)
+
+
 def test_a_sound_first_loss_is_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", first_loss.__name__)
     check_first_loss(7.1, 6.9)

@@ -18,7 +18,7 @@ from dsllm.engine.gates import check as check_module
 from dsllm.engine.gates.check import Check, conclude, timed
 from dsllm.engine.gates.small_run import Steps, own_tokens, shrink
 from dsllm.engine.gates.training import agreement, first_loss, one_batch
-from dsllm.engine.gates.weights import PIECE_ELEMENTS, check_weights, deviation, mean_and_std
+from dsllm.engine.gates.weights import PIECE_ELEMENTS, check_weights, deviation, moments_of
 from dsllm.errors import TrainingError
 from dsllm.model.build import build_model, model_config
 from dsllm.model.initialize import Distribution, initialize_weights
@@ -97,7 +97,7 @@ def test_biases_and_norms_are_exact() -> None:
 def test_mean_and_deviation_of_several_pieces_are_those_of_the_whole() -> None:
     weight = drawn(0, PIECE_ELEMENTS + 1000).view(-1, 8) + 0.01
     mean, std = weight.double().mean().item(), weight.double().std(correction=0).item()
-    assert mean_and_std(weight) == (pytest.approx(mean, rel=1e-6), pytest.approx(std, rel=1e-6))
+    assert moments_of(weight) == (pytest.approx(mean, rel=1e-6), pytest.approx(std, rel=1e-6))
 
 
 @FAMILIES

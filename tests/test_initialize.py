@@ -14,7 +14,7 @@ from dsllm.model.initialize import RESIDUAL_PROJECTIONS, initialize_weights, par
 from dsllm.spec.load import load_spec
 
 NUM_LAYERS = 4
-FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
+FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"])
 
 
 @FAMILIES

@@ -19,6 +19,7 @@ LAYERS = [
     ("launch",),
     ("data",),
     ("model",),
+    ("evaluation",),
     ("engine",),
     ("checkpoint",),
     ("train",),
@@ -123,7 +124,10 @@ LIGHT_COMMANDS = [
     ["checkpoints", "--help"],
     ["checkpoints", "convert", "--help"],
     ["export", "--help"],
+    ["grow", "--help"],
     ["generate", "--help"],
+    ["chat", "--help"],
+    ["evaluate", "--help"],
 ]
 
 WITHOUT_HEAVY_MODULES = f"""

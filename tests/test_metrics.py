@@ -32,6 +32,7 @@ from dsllm.plan.batch import resolve_batch
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Spec, Wandb
 
+SAMPLES = [{"prompt": "def", "text": " höhe(self):\n    return 1"}, {"prompt": "", "text": "```\n# x"}]
 KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "peak_memory_bytes"}
 TOKENS_PER_STEP = 4096
 
@@ -159,6 +160,13 @@ def test_an_infinite_number_is_null_because_json_has_no_infinity(folder: RunFold
     assert [record["grad_norm"] for record in lines_of(folder)] == [None, 1.0]
 
 
+def test_samples_stand_with_their_step_and_are_no_numbers(folder: RunFolder) -> None:
+    record = step_record(1, samples=SAMPLES, val_loss=math.inf)
+    jsonl_sink(folder.metrics, 0)(record)
+    assert lines_of(folder) == [{**record, "val_loss": None}]
+    assert scalars(record) == step_record(1, val_loss=math.inf)
+
+
 def test_peak_memory_is_that_of_the_process_where_tensors_are_not_counted() -> None:
     assert 2**20 < peak_memory_bytes(MemoryMeter(None)) < 2**40
 
@@ -208,6 +216,18 @@ def test_tensorboard_draws_a_curve_for_each_validation_set(tmp_path: Path) -> No
     assert events.Scalars("val_loss/code")[0].value == 5.0
 
 
+def test_tensorboard_shows_samples_as_they_are(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tensorboard_sink(tmp_path, 0)(step_record(7, samples=SAMPLES))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert "samples" not in events.Tags()["scalars"]
+    shown = [events.Tensors(f"sample/{number}/text_summary")[0] for number in (1, 2)]
+    assert [event.step for event in shown] == [7, 7]
+    texts = [event.tensor_proto.string_val[0].decode() for event in shown]
+    assert texts == ["    def höhe(self):\n        return 1", "    ```\n    # x"]
+
+
 def test_dashboards_get_a_number_for_each_validation_set() -> None:
     assert scalars(step_record(1, val_loss=4.5, val_losses={"news": 4.0, "code": 5.0})) == {
         **step_record(1, val_loss=4.5),
@@ -239,6 +259,19 @@ def test_without_a_key_weights_and_biases_writes_an_offline_run_into_the_logs(fo
     record_steps(quickstart("logging.wandb={project: dsllm}"), folder, 0, 2)
     wandb.finish()
     assert list((folder.logs / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.usefixtures("no_key")
+def test_weights_and_biases_gets_samples_as_a_table(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
+    sink = wandb_sink(folder.logs, "run", Wandb(mode="offline"))
+    sink(step_record(1))
+    sink(step_record(2, samples=SAMPLES))
+    wandb.finish()
+    (table,) = (folder.logs / "wandb").glob("offline-run-*/files/media/table/samples_*.table.json")
+    document = json.loads(table.read_text())
+    assert document["columns"] == ["step", "prompt", "text"]
+    assert document["data"] == [[2, sample["prompt"], sample["text"]] for sample in SAMPLES]
+    assert "Weights & Biases" not in caplog.text
 
 
 @pytest.mark.usefixtures("no_key")
@@ -281,6 +314,17 @@ def test_without_a_terminal_progress_is_a_line_with_loss_rate_and_time_left(capl
     assert first[:3] == ["step 1/10", "loss 6.990", "12.3k tokens/s"]
     assert first[3].endswith("s left")
     assert evaluated[:5] == ["step 3/10", "loss 6.970", "val 6.500", "12.3k tokens/s", "MFU 43.2%"]
+
+
+def test_progress_shows_a_sample_on_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    report = ProgressReport(first_step=0, train_steps=10)
+    report({**step_record(3, samples=SAMPLES), "tokens_per_second": 12_345.0})
+    report.close()
+    assert caplog.messages[1:] == [
+        'sample at step 3  "def höhe(self):\\n    return 1"',
+        'sample at step 3  "```\\n# x"',
+    ]
 
 
 def test_progress_names_each_validation_set_behind_the_loss_of_all(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,8 @@ from dsllm.model.loss import TrainingModel
 from dsllm.plan.model_shape import model_shape
 from dsllm.spec.load import load_spec, preset_names
 
-FAMILIES = pytest.mark.parametrize("family", ["gpt2", "llama"])
+ALL_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral")
+FAMILIES = pytest.mark.parametrize("family", ALL_FAMILIES)
 SMALL = "num_layers: 5, hidden_size: 64, num_attention_heads: 4, max_position_embeddings: 64"
 
 
@@ -85,7 +86,7 @@ def test_rotary_tables_that_were_rounded_are_restored() -> None:
 
 def test_sequences_of_the_full_length_run() -> None:
     ids = torch.randint(500, (1, 64), generator=torch.Generator().manual_seed(0))
-    for family in ("gpt2", "llama"):
+    for family in ALL_FAMILIES:
         assert small_model(family)(input_ids=ids).logits.shape == (1, 64, 512)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import dsllm
 
@@ -36,14 +37,16 @@ def metadata(wheel: Path) -> importlib.metadata.PathDistribution:
 
 
 def requirements(metadata: importlib.metadata.PathDistribution, extra: str) -> dict[str, Requirement]:
-    """What installing with `extra` asks for, by lower-case name; the core alone for an empty one."""
+    """What installing with `extra` asks for, by the name that pip makes of it; the core alone for an empty one."""
     every = [Requirement(text) for text in metadata.requires or []]
-    return {r.name.lower(): r for r in every if r.marker is None or r.marker.evaluate({"extra": extra})}
+    return {canonicalize_name(r.name): r for r in every if r.marker is None or r.marker.evaluate({"extra": extra})}
 
 
 def pins() -> dict[str, Requirement]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return {r.name.lower(): r for r in map(Requirement, (line for line in lines if not line.startswith("#")))}
+    return {
+        canonicalize_name(r.name): r for r in map(Requirement, (line for line in lines if not line.startswith("#")))
+    }
 
 
 def test_the_version_is_the_one_that_the_package_states(metadata: importlib.metadata.PathDistribution) -> None:
@@ -57,7 +60,7 @@ def test_the_core_installs_nothing_heavy(metadata: importlib.metadata.PathDistri
 def test_every_requirement_is_pinned_within_its_bounds(metadata: importlib.metadata.PathDistribution) -> None:
     pinned = pins()
     for requirement in (requirements(metadata, "train") | requirements(metadata, "dev")).values():
-        version = str(pinned[requirement.name.lower()].specifier).removeprefix("==")
+        version = str(pinned[canonicalize_name(requirement.name)].specifier).removeprefix("==")
         assert requirement.specifier.contains(version), f"{requirement} against {version}"
 
 

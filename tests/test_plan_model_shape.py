@@ -54,5 +54,38 @@ def test_default_feed_forward_widths() -> None:
     assert intermediate_size(load_spec("quickstart", ["model.intermediate_size=null"]).model) == 512
 
 
+def test_a_qwen3_block_by_hand() -> None:
+    shape = model_shape(load_spec("quickstart", [model("qwen3", "num_key_value_heads: 2, head_size: 32")]))
+    # queries 64 x 128, keys and values 64 x 64, output 128 x 64; two norms of 32; three matrices of 64 x 256; two norms
+    by_hand = 8_192 + 2 * 4_096 + 8_192 + 2 * 32 + 3 * 16_384 + 2 * 64
+    assert shape.parameters_per_layer == by_hand
+
+
+def test_a_mixtral_block_by_hand() -> None:
+    shape = model_shape(load_spec("quickstart", [model("mixtral", "num_experts: 4, intermediate_size: 96")]))
+    # attention; a router of 4 x 64; four experts of three matrices of 64 x 96; two norms
+    assert shape.parameters_per_layer == 4 * 64**2 + 4 * 64 + 4 * 3 * 64 * 96 + 2 * 64
+    assert shape.parameters - shape.active_parameters == 3 * 2 * 3 * 64 * 96  # of three layers, two experts each
+    assert flops_per_token(shape, 128) == 6 * shape.active_parameters + 12 * 3 * 64 * 128
+
+
+def test_mixtral_8x7b_has_its_published_parameters() -> None:
+    config = {"model_type": "mixtral", "vocab_size": 32000}
+    spec = load_spec("quickstart", [f"model={{family: auto, config: {config}, vocab_size: 32000}}"])
+    shape = model_shape(spec)
+    assert (shape.parameters, shape.active_parameters) == (46_702_792_704, 12_879_925_248)
+
+
+def test_a_window_shortens_the_rows_that_are_counted() -> None:
+    plain, windowed = (
+        model_shape(load_spec("quickstart", [model("mistral", f"sliding_window: {window}")])) for window in ("null", 32)
+    )
+    assert flops_per_token(plain, 128) - flops_per_token(windowed, 128) == 12 * 3 * 64 * (128 - 32)
+
+
+def model(family: str, more: str) -> str:
+    return f"model={{family: {family}, num_layers: 3, hidden_size: 64, num_attention_heads: 4, {more}}}"
+
+
 def test_flops_per_token_by_hand() -> None:
     assert flops_per_token(model_shape(load_spec("gpt2-124m")), 1024) == 6 * 124_439_808 + 12 * 12 * 768 * 1024

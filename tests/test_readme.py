@@ -51,7 +51,7 @@ def test_a_light_command_prints_what_the_readme_shows(example: Any, workspace: P
 @pytest.mark.timeout(900)
 def test_the_journey_from_text_to_an_exported_model_runs_as_the_readme_tells_it(workspace: Path) -> None:
     programs = [example.command.split()[0] for example in HEAVY]
-    assert programs == ["dsllm", "dsllm", "dsllm", "deepspeed", "dsllm", "dsllm", "dsllm", "dsllm"]
+    assert programs == [*["dsllm"] * 3, "deepspeed", *["dsllm"] * 6]
     printed = [_run(_with_a_free_port(example.command), workspace) for example in HEAVY]
     for example, output in zip(HEAVY, printed, strict=True):
         assert _lines(example.output or "") <= _lines(output), f"{example.command}\n{output}"
@@ -60,7 +60,7 @@ def test_the_journey_from_text_to_an_exported_model_runs_as_the_readme_tells_it(
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(1, 41))
     assert steps[-1]["val_loss"] < steps[0]["val_loss"] - 1.0
-    assert printed[-1].startswith("def main(")
+    assert any(output.startswith("def main(") for output in printed)
     _run(shlex.join([sys.executable, "-c", _python_of_the_readme()]), workspace)
 
 

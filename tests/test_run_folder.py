@@ -13,6 +13,7 @@ from small_text import text_spec, write_corpus
 from dsllm.data.prepare import prepare
 from dsllm.ds_config import build_ds_config
 from dsllm.engine.run_folder import PACKAGES, RunFolder, describe_run, make_passport
+from dsllm.engine.starting_point import FROM_SCRATCH
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Spec
 
@@ -42,7 +43,7 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Spec
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
             patch.setenv(name, value)
-        describe_run(folder, spec, build_ds_config(spec, 2), make_passport(spec, 2, "cpu", base / "data"))
+        describe_run(folder, spec, build_ds_config(spec, 2), make_passport(spec, 2, "cpu", base / "data", FROM_SCRATCH))
     return folder, spec
 
 
@@ -91,9 +92,9 @@ def test_no_file_of_the_folder_holds_a_key_or_the_environment(described: tuple[R
 def test_a_second_description_replaces_the_first(described: tuple[RunFolder, Spec], tmp_path: Path) -> None:
     folder, spec = described
     data = folder.path.parents[1] / "data"
-    describe_run(folder, spec, {"train_batch_size": 1}, make_passport(spec, 1, "cpu", data))
+    describe_run(folder, spec, {"train_batch_size": 1}, make_passport(spec, 1, "cpu", data, FROM_SCRATCH))
     assert json.loads(folder.ds_config.read_text()) == {"train_batch_size": 1}
-    describe_run(folder, spec, build_ds_config(spec, 2), make_passport(spec, 2, "cpu", data))
+    describe_run(folder, spec, build_ds_config(spec, 2), make_passport(spec, 2, "cpu", data, FROM_SCRATCH))
     assert not list(folder.path.glob("*.partial"))
 
 

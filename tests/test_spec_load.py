@@ -203,7 +203,7 @@ def test_an_unknown_key_suggests_the_nearest_known_one() -> None:
     found = refusal.value.problems
     assert "batch.micro_batchsize: unknown key; did you mean micro_batch_size?" in found
     assert "sequence_length: unknown key; did you mean batch.sequence_length?" in found
-    assert any(problem.startswith("model.qqq: unknown key; known are family, num_layers") for problem in found)
+    assert any(problem.startswith("model.qqq: unknown key; known are family, init, vocab_size") for problem in found)
 
 
 def test_a_missing_section_and_field_are_named_with_what_they_are() -> None:

@@ -73,6 +73,49 @@ def path(tmp_path: Path) -> str:
             "model.rope_theta: given 500000.0 with family gpt2, which has no such thing",
         ),
         (
+            ["model.family=qwen2", "model.head_size=32"],
+            "model.head_size: given 32 with family qwen2, which has no such thing; remove it",
+        ),
+        (
+            ["model.sliding_window=64"],
+            "model.sliding_window: given 64 with family llama, which has no such thing; remove it",
+        ),
+        (
+            ["model.num_experts=4"],
+            "model.num_experts: given 4 with family llama, which has no such thing; remove it",
+        ),
+        (
+            ["model.head_size=33"],
+            "model.head_size: given 33; rotary positions need an even number; try 34",
+        ),
+        (
+            ["model.family=mixtral", "model.num_experts=4", "model.num_experts_per_token=5"],
+            "model.num_experts_per_token: given 5 with num_experts 4; a token cannot take more experts than there are; "
+            "lower it to 4 or less, or raise num_experts",
+        ),
+        (
+            ["model.family=mixtral", "model.num_experts_per_token=1"],
+            "model.num_experts_per_token: given 1; the chosen experts share a weight of 1, and the router of a single "
+            "one would learn nothing; give 2 or more",
+        ),
+        (
+            ["model.family=mixtral", "model.intermediate_size=100"],
+            "model.intermediate_size: given 100 with precision bf16; experts are multiplied together, for which it "
+            "must be a multiple of 8; try 96",
+        ),
+        (
+            ["model={family: auto}"],
+            "model.config: missing, and model.init is scratch, which has none; give a folder that has a config.json",
+        ),
+        (
+            ["model={family: auto, config: {hidden_size: 64}}"],
+            "model.config.model_type: missing; it says which of transformers' models the other keys describe; give it",
+        ),
+        (
+            ["model={family: auto, config: {model_type: gpt2, n_positions: 8}}"],
+            "batch.sequence_length: given 128; the model reads at most model.max_position_embeddings = 8",
+        ),
+        (
             ["model.vocab_size=500"],
             "model.vocab_size: given 500; the tokenizer has 512 tokens and the model must know them all; set it to 512",
         ),

@@ -272,7 +272,7 @@ def test_other_models_trace_at_their_real_size(config: PretrainedConfig) -> None
 def test_mistral_without_its_window_holds_what_llama_holds() -> None:
     mistral = trace(MistralConfig(**SMALL, sliding_window=None), tiny_run(), 4, "cuda")
     llama = trace(LlamaConfig(**SMALL), tiny_run(), 4, "cuda")
-    assert mistral == llama
+    assert replace(mistral, shape=replace(mistral.shape, family="llama")) == llama
 
 
 def test_attention_within_a_window_keeps_a_mask() -> None:

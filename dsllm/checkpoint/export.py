@@ -11,11 +11,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dsllm.checkpoint.layout import run_folder_of
 from dsllm.checkpoint.manifest import read_manifest
+from dsllm.checkpoint.model_card import model_card
 from dsllm.checkpoint.resume import checkpoint_at
+from dsllm.checkpoint.run_facts import read_facts
 from dsllm.checkpoint.states import MASTER, open_states
 from dsllm.checkpoint.verify import faults_of
+from dsllm.data.tokenizer import token_count
 from dsllm.errors import CheckpointError, UserError
 from dsllm.model.build import DTYPES, build_model, model_config
+from dsllm.model.positions import num_positions
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Precision, Spec
 
@@ -25,6 +29,7 @@ WEIGHTS_PREFIX = "causal_lm."
 """What engine names have before transformers' own: the attribute of TrainingModel."""
 PROBE_TOKENS = 64
 """Length of the sequence whose logits are compared."""
+CARD_FILE = "README.md"
 MAX_SHARD_BYTES = 5_000_000_000
 """Weights beyond this are split over several safetensors files, as most models on the Hub are."""
 
@@ -32,7 +37,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 def export_run(
     run: Path, output: Path, precision: Precision | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> int:
-    """Write the latest checkpoint of the run folder `run`, or the checkpoint that `run` is, to `output`.
+    """Write the latest checkpoint of the run folder `run`, or the checkpoint that `run` is, to `output`, with a card.
 
     `precision` of the weights is that of the training when None. Returns the steps that the model was trained for.
     Raises UserError for a run without checkpoints or an `output` that holds something, CheckpointError for a damaged
@@ -51,6 +56,8 @@ def export_run(
         model.save_pretrained(output, max_shard_size=max_shard_bytes)
         shutil.copytree(tokenizer_folder, output, dirs_exist_ok=True)  # as it was trained with, to the byte
         _compare_logits(model, output)
+        card = model_card(output.resolve().name, read_facts(checkpoint, spec), model)
+        (output / CARD_FILE).write_text(card, encoding="utf-8")
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
         raise
@@ -70,9 +77,16 @@ def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def find_run(run: Path) -> tuple[Path, Spec]:
-    """The checkpoint folder and the spec of a run. Raises UserError where there is none."""
+    """The checkpoint folder and the spec of a run. Raises UserError where there is none, or the run is not with it."""
     checkpoint = checkpoint_at(run)
-    return checkpoint, load_spec(str(run_folder_of(checkpoint) / "spec.yaml"))
+    folder = run_folder_of(checkpoint)
+    for name in ("spec.yaml", "tokenizer"):
+        if not (folder / name).exists():
+            raise UserError(
+                f"{checkpoint}: there is no {name} of its run in {folder}; move whole runs, and keep checkpoints apart "
+                "from theirs by dsllm checkpoints convert --output"
+            )
+    return checkpoint, load_spec(str(folder / "spec.yaml"))
 
 
 def load_trained(checkpoint: Path, spec: Spec, dtype: torch.dtype) -> PreTrainedModel:
@@ -100,19 +114,22 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def _set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let `generate()` stop where documents ended in training, and start as they started."""
+    """Let `generate()` stop where documents ended in training, start as they started, and write tokens only."""
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id
         config.bos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.eos_token_id
         config.use_cache = True
+    # Rows that only pad the vocabulary are no tokens.
+    padding = list(range(token_count(tokenizer), model.config.get_text_config().vocab_size))
+    model.generation_config.suppress_tokens = padding or None
 
 
 @torch.no_grad()
 def _compare_logits(model: PreTrainedModel, folder: Path) -> None:
     """Read `folder` as a stranger would, and compare with the model it was written from."""
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).eval()
-    length = min(PROBE_TOKENS, model.config.max_position_embeddings)
+    length = min(PROBE_TOKENS, num_positions(model.config) or PROBE_TOKENS)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     logits = model(ids).logits

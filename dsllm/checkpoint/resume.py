@@ -23,6 +23,7 @@ from dsllm.checkpoint.restore import restore_states
 from dsllm.checkpoint.safe_load import weights_only
 from dsllm.checkpoint.states import mapped
 from dsllm.engine.generators import reseed, set_generator_states
+from dsllm.engine.starting_point import FROM_SCRATCH
 from dsllm.errors import CheckpointError, UserError
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Spec
@@ -44,8 +45,9 @@ SAME_RUN = (
     "optimizer.name",
 )
 """Fields that a run cannot change half-way: with another value it would be another run."""
-FREE = ("batch.micro_batch_size", "model.attention")
-"""Exceptions within them: they change how the same numbers are computed."""
+FREE = ("batch.micro_batch_size", "model.attention", "model.init.name", "model.init.revision")
+"""Exceptions within them: they change how the same numbers are computed; or, of a model that the run started from and
+that is read no more, where it is."""
 
 
 def candidates(resume: str, checkpoints: Path) -> list[Path]:
@@ -124,6 +126,13 @@ def check_same_data(checkpoint: Path, passport: dict[str, Any]) -> None:
                 f"{checkpoint}: the {what} changed since (was {earlier[name][:12]}…, now {passport[name][:12]}…); bring"
                 " the old data.directory back, or start a run with another --run-dir"
             )
+
+
+def started_from(checkpoint: Path) -> dict[str, Any]:
+    """What the passport of the checkpoint's run says of the weights that it started with."""
+    path = run_folder_of(checkpoint) / "passport.json"
+    passport: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return passport.get("init") or FROM_SCRATCH
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> int:

@@ -20,10 +20,13 @@ from dsllm.cli import (
     data,
     doctor,
     estimate,
+    evaluate,
+    grow,
     hostfile,
     launch,
     models,
     plan,
+    speak,
     spec,
     tokenizer,
 )
@@ -64,7 +67,10 @@ def common(
 
 trained = typer.Typer(rich_markup_mode=None)
 trained.command()(models.export)
-trained.command()(models.generate)
+trained.command()(grow.grow)
+trained.command()(evaluate.evaluate)
+trained.command()(speak.generate)
+trained.command()(speak.chat)
 
 # in the order in which a user meets them
 app.add_typer(spec.app)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from dsllm.cli.networks import read_spec
 from dsllm.cli.options import AsJson, MasterPort, Overrides, SpecArgument
 
 app = typer.Typer(rich_markup_mode=None)
@@ -36,9 +37,8 @@ def check(
     from dsllm.launch.run_plan import RunPlan
     from dsllm.launch.supervisor import Screen
     from dsllm.plan.batch import check_batch
-    from dsllm.spec.load import load_spec
 
-    topology, loaded = topology_of(num_gpus=num_gpus, launcher="local"), load_spec(spec, overrides or ())
+    topology, loaded = topology_of(num_gpus=num_gpus, launcher="local"), read_spec(spec, overrides)
     check_batch(loaded.batch, topology.world_size)
     with tempfile.TemporaryDirectory() as run_dir:
         plan = RunPlan(

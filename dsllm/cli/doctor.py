@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from dsllm.cli.networks import read_spec
 from dsllm.cli.options import (
     AsJson,
     Exclude,
@@ -89,19 +90,20 @@ def _wanted(spec: str | None, overrides: list[str], topology: Topology, run_dir:
     """Raises UserError for a spec that is none, or whose batch does not divide over the slots."""
     from dsllm.errors import UserError
     from dsllm.launch.doctor.doctor import Wanted
+    from dsllm.model.shapes import shape_of
     from dsllm.plan.batch import check_batch
-    from dsllm.spec.load import load_spec
 
     hosts = _selected(topology)
     if spec is None:
         if overrides:
             raise UserError("--set: nothing to override without SPEC; give a spec, or remove --set")
         return Wanted(hosts, run_dir=Path(run_dir or "runs"), on_cpu=topology.on_cpu)
-    loaded = load_spec(spec, overrides)
+    loaded = read_spec(spec, overrides)
     check_batch(loaded.batch, topology.world_size)
     return Wanted(
         hosts,
         spec=loaded,
+        shape=shape_of(loaded),
         spec_file=Path(spec) if Path(spec).is_file() else None,
         run_dir=Path(run_dir or f"runs/{loaded.name}"),
         on_cpu=topology.on_cpu,

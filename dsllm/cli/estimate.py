@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional, cast
 import typer
 
 from dsllm.cli.hardware import Hardware, known_devices
+from dsllm.cli.networks import read_spec, workload_of
 from dsllm.cli.options import AsJson, Overrides
 from dsllm.cli.plain import PlainCommand, one_of, parameter_count, whole_number
 
@@ -177,11 +178,9 @@ def _way_of_spec(spec: str, overrides: list[str], world_size: int, micro_batch_s
     """Raises UserError where the batch leaves a remainder: what cannot run is not predicted."""
     from dsllm.plan.batch import resolve_batch
     from dsllm.plan.way import Way
-    from dsllm.plan.workload import workload
-    from dsllm.spec.load import load_spec
 
-    loaded = load_spec(spec, overrides)
-    run = workload(loaded)
+    loaded = read_spec(spec, overrides)
+    run = workload_of(loaded)
     micro = micro_batch_size or run.micro_batch_size or 1
     resolve_batch(loaded.batch.model_copy(update={"micro_batch_size": micro}), world_size)
     return Way(run, world_size, micro)
@@ -205,9 +204,8 @@ def _traced(
 
     if config is None:
         from dsllm.model.build import model_config
-        from dsllm.spec.load import load_spec
 
-        network = model_config(load_spec(str(spec), overrides))
+        network = model_config(read_spec(str(spec), overrides))
     else:
         network, way = _around(way, config)
     return way, trace(network, way.run, way.micro_batch_size, device), network.model_type

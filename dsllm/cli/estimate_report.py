@@ -54,13 +54,13 @@ def report(asked: Asked) -> None:
 
 
 def _head(asked: Asked, estimate: MemoryEstimate) -> str:
-    from dsllm.units import format_count
+    from dsllm.cli.networks import counted
 
     way, run, shape = asked.given, asked.given.run, asked.given.run.shape
     stage = f"ZeRO stage {estimate.zero_stage}, " if len(asked.stages) == 1 else ""
     unit = "GPU" if asked.device == "cuda" else "CPU rank"
     return (
-        f"{format_count(estimate.parameters)} parameters: {shape.num_layers} layers x {shape.hidden_size}, "
+        f"{counted(estimate.parameters, estimate.active_parameters)}: {shape.num_layers} layers x {shape.hidden_size}, "
         f"{shape.num_attention_heads} heads, {shape.vocab_size:,} tokens ({asked.network})"
         + (", a typical shape of that size; " if asked.parameters else "; ")
         + f"{way.micro_batch_size} x {run.sequence_length} tokens a forward, {run.precision}, "

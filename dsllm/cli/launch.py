@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from dsllm.cli.networks import read_spec
 from dsllm.cli.options import (
     Exclude,
     Hostfile,
@@ -88,12 +89,12 @@ def launch(
     from dsllm.launch.launchers import choose_launcher, train_arguments
     from dsllm.launch.restarts import Patience, carry_through
     from dsllm.launch.run_plan import RunPlan
+    from dsllm.model.shapes import shape_of
     from dsllm.plan.batch import check_batch
-    from dsllm.spec.load import load_spec
     from dsllm.units import parse_duration
 
     spec = one_spec("launch", spec, spec_option)
-    loaded = load_spec(spec, overrides or ())
+    loaded = read_spec(spec, overrides)
     _check_resume(resume)
     stop_after_seconds = None if stop_after is None else parse_duration(stop_after, "--stop-after")
     if write_sbatch is not None:
@@ -111,6 +112,7 @@ def launch(
     plan = RunPlan(
         spec_name=spec,
         spec=loaded,
+        shape=shape_of(loaded),
         run_dir=Path(run_dir or f"runs/{loaded.name}"),
         given_run_dir=run_dir,
         overrides=tuple(overrides or ()),

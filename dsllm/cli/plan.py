@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from dsllm.cli.hardware import Hardware, known_devices
+from dsllm.cli.networks import read_spec, workload_of
 from dsllm.cli.options import AsJson, Overrides
 from dsllm.cli.plain import PlainCommand, parameter_count, whole_number
 
@@ -177,13 +178,10 @@ def _run(spec: str | None, parameters: str | None, overrides: list[str]) -> tupl
             raise UserError("--set: nothing to override without SPEC; give SPEC, or remove --set")
         assert parameters is not None
         return typical_run(parameter_count(parameters)), "eager", 0.0, None
-    from dsllm.plan.workload import workload
-    from dsllm.spec.load import load_spec
-
-    loaded = load_spec(spec, overrides)
+    loaded = read_spec(spec, overrides)
     sets = len(loaded.data.sources if loaded.data.validation_fraction else ()) + len(loaded.data.validation_sources)
     evaluated = sets * loaded.evaluation.batches * (2 + loaded.train_steps / loaded.evaluation.interval)
-    return workload(loaded), _kernels(loaded), evaluated, loaded.checkpoint.keep_last
+    return workload_of(loaded), _kernels(loaded), evaluated, loaded.checkpoint.keep_last
 
 
 def _kernels(spec: Spec) -> Kernels:
@@ -195,20 +193,18 @@ def _calibration(folder: Path, gpu: str | None, known: Sequence[Gpu], node: int 
     from dsllm.plan.batch import resolve_batch
     from dsllm.plan.cost import Machine
     from dsllm.plan.pace import calibrate, measured_step_seconds
-    from dsllm.plan.workload import workload
-    from dsllm.spec.load import load_spec
 
     metrics = folder / "metrics.jsonl"
     records = _records(metrics)
     passport, config = _object(folder / "passport.json"), _object(folder / "ds_config.json")
     world_size = _whole(passport, "world_size", folder / "passport.json")
     micro_batch_size = _whole(config, "train_micro_batch_size_per_gpu", folder / "ds_config.json")
-    spec = load_spec(str(folder / "spec.yaml"))
+    spec = read_spec(str(folder / "spec.yaml"))
     micro_batch_size = resolve_batch(spec.batch, world_size, micro_batch_size).micro_batch_size
     device = _measured_device(folder, str(passport.get("device") or ""), gpu, known)
     machine = Machine.of(device, world_size, node)
     measured = measured_step_seconds(records, str(metrics))
-    return calibrate(workload(spec), machine, micro_batch_size, _kernels(spec), measured)
+    return calibrate(workload_of(spec), machine, micro_batch_size, _kernels(spec), measured)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

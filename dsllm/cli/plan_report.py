@@ -196,12 +196,13 @@ def _print_machine_misfits(misfits: Sequence[Misfit]) -> None:
 
 
 def _print_head(run: Workload, calibration: Calibration | None) -> None:
+    from dsllm.cli.networks import counted
     from dsllm.plan.cost import compute_optimal_tokens, petaflop_s_days
     from dsllm.units import format_count
 
     optimal = compute_optimal_tokens(run)
     typer.echo(
-        f"{format_count(run.shape.parameters)} parameters on {format_count(run.tokens)} tokens, "
+        f"{counted(run.shape.parameters, run.shape.active_parameters)} on {format_count(run.tokens)} tokens, "
         f"{run.tokens / optimal:.2f} times the compute-optimal {format_count(optimal)}; "
         f"{run.train_steps:,} steps of {run.tokens_per_step:,} tokens; {petaflop_s_days(run):.3g} petaFLOP/s-days"
     )
@@ -262,6 +263,7 @@ def _facts(run: Workload, calibration: Calibration | None) -> dict[str, Any]:
 
     facts: dict[str, Any] = {
         "parameters": run.shape.parameters,
+        "active_parameters": run.shape.active_parameters,
         "tokens": run.tokens,
         "compute_optimal_tokens": compute_optimal_tokens(run),
         "train_steps": run.train_steps,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dsllm.cli.hardware import Hardware, known_devices
+from dsllm.cli.networks import counted, read_spec, workload_of
 from dsllm.cli.options import AsJson, Overrides, SpecArgument
 
 if TYPE_CHECKING:
@@ -20,10 +21,9 @@ app = typer.Typer(rich_markup_mode=None)
 def validate(spec: SpecArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a spec and report every problem at once, each with its remedy."""
     from dsllm.errors import SpecError
-    from dsllm.spec.load import load_spec
 
     try:
-        facts = _facts(load_spec(spec, overrides or ()))
+        facts = _facts(read_spec(spec, overrides))
     except SpecError as error:
         if not as_json:
             raise
@@ -84,29 +84,30 @@ def config(
     from dsllm.ds_config import build_ds_config
     from dsllm.plan.hardware import gpu_named
     from dsllm.plan.search import choose_micro_batch
-    from dsllm.plan.workload import workload
-    from dsllm.spec.load import load_spec
 
-    loaded = load_spec(spec, overrides or ())
+    loaded = read_spec(spec, overrides)
+    run = workload_of(loaded)
     chosen_for = gpu_named(gpu, known_devices(hardware))
     micro_batch_size = choose_micro_batch(
-        workload(loaded),
+        run,
         world_size,
         chosen_for.memory_bytes,
         runtime_bytes=chosen_for.runtime_bytes,
         reserved_ratio=chosen_for.reserved_ratio,
     )
-    typer.echo(json.dumps(build_ds_config(loaded, world_size, device, micro_batch_size), indent=2))
+    typer.echo(json.dumps(build_ds_config(loaded, world_size, device, micro_batch_size, run.shape), indent=2))
 
 
 def _facts(spec: Spec) -> dict[str, Any]:
     """What a spec comes to, for people and for scripts."""
-    from dsllm.plan.model_shape import model_shape
+    from dsllm.model.shapes import shape_of
 
+    shape = shape_of(spec)
     return {
         "name": spec.name,
-        "family": spec.model.family,
-        "parameters": model_shape(spec).parameters,
+        "family": shape.family,
+        "parameters": shape.parameters,
+        "active_parameters": shape.active_parameters,
         "train_steps": spec.train_steps,
         "tokens_per_step": spec.tokens_per_step,
         "tokens": spec.train_steps * spec.tokens_per_step,
@@ -119,6 +120,6 @@ def _sentence(source: str, facts: dict[str, Any]) -> str:
     from dsllm.units import format_count
 
     return (
-        f"{source}: valid. {facts['name']}: {format_count(facts['parameters'])} parameters, "
+        f"{source}: valid. {facts['name']}: {counted(facts['parameters'], facts['active_parameters'])}, "
         f"{facts['train_steps']:,} steps of {facts['tokens_per_step']:,} tokens, {format_count(facts['tokens'])} in all"
     )

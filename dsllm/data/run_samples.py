@@ -82,8 +82,9 @@ def open_run_samples(directory: Path | str, data: Data, sequence_length: int, se
     return RunSamples(opened, Mixture(mixed, seed))
 
 
-def open_validation_samples(directory: Path | str, data: Data, sequence_length: int) -> dict[str, Samples]:
-    """The samples of each source that has documents to validate on, by its label.
+def open_validation_samples(directory: Path | str, data: Data | None, sequence_length: int) -> dict[str, Samples]:
+    """The samples of each source that has documents to validate on, by its label; without `data`, which says how they
+    are packed and masked, the plain stream.
 
     They hold every token but the first of the stream: the last one is padded. DataError where there are none at all.
     """
@@ -99,12 +100,14 @@ def open_validation_samples(directory: Path | str, data: Data, sequence_length: 
     return opened
 
 
-def _open(directory: Path, manifest: Manifest, label: str, split: Split, data: Data, sequence_length: int) -> Samples:
+def _open(
+    directory: Path, manifest: Manifest, label: str, split: Split, data: Data | None, sequence_length: int
+) -> Samples:
     shards = TokenShards(directory, manifest, label, split)
-    if data.packing == "best_fit":
-        plan = open_plan(shards, sequence_length)
-        return PackedSamples(shards, plan, sequence_length, mask_documents=data.mask_documents)
-    return ConcatenatedSamples(shards, sequence_length, mask_documents=data.mask_documents, pads=split == "validation")
+    masks = data is not None and data.mask_documents
+    if data is not None and data.packing == "best_fit":
+        return PackedSamples(shards, open_plan(shards, sequence_length), sequence_length, mask_documents=masks)
+    return ConcatenatedSamples(shards, sequence_length, mask_documents=masks, pads=split == "validation")
 
 
 def _too_short(directory: Path | str, manifest: Manifest, labels: list[str], sequence_length: int) -> DataError:

@@ -46,9 +46,10 @@ class Activity:
     def counting(self, sets: Mapping[str, Callable[[], Iterable[T]]]) -> dict[str, Callable[[], Iterator[T]]]:
         """The same validation sets, whose micro-batches tick."""
 
-        def counted(open_set: Callable[[], Iterable[T]]) -> Iterator[T]:
-            for micro_batch in open_set():
-                self("evaluation")
-                yield micro_batch
+        return {label: lambda open_set=open_set: self.ticking(open_set()) for label, open_set in sets.items()}
 
-        return {label: lambda open_set=open_set: counted(open_set) for label, open_set in sets.items()}
+    def ticking(self, questions: Iterable[T]) -> Iterator[T]:
+        """The same pieces of an evaluation, which tick."""
+        for question in questions:
+            self("evaluation")
+            yield question

@@ -16,8 +16,12 @@ c10::Allocator* inner = nullptr;
 // that address and context are one.
 constexpr size_t header_bytes = 64;
 
-// Tensors may die on other threads than those that made them: gloo's, for one.
+// Tensors may die on other threads than those that made them: gloo's, for one. oneDNN's exact GELU gives back blocks of
+// no size.
 void release(void* address) {
+  if (address == nullptr) {
+    return;
+  }
   auto* block = static_cast<char*>(address) - header_bytes;
   held -= *reinterpret_cast<long long*>(block);
   inner->raw_deallocate(block);

@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 
+from transformers import AutoTokenizer, PreTrainedModel
+
+from dsllm.data.hellaswag import Item
 from dsllm.data.loader import MicroBatch, training_micro_batches, validation_micro_batches
 from dsllm.data.mixture import repeated_too_often
 from dsllm.data.preparation.recipe import labelled_sources, open_sources
@@ -18,6 +21,8 @@ from dsllm.data.sources.spans import FileSource
 from dsllm.engine import ranks
 from dsllm.engine.run_folder import RunFolder
 from dsllm.errors import UserError
+from dsllm.evaluation.choices import Dealt, batches, deal, encode
+from dsllm.model.positions import num_positions
 from dsllm.plan.batch import BatchPlan
 from dsllm.spec.derived import remote_kind
 from dsllm.spec.sections import Spec
@@ -99,6 +104,19 @@ def open_validation(
         )
         for label, samples in open_validation_samples(directory, spec.data, batch.sequence_length).items()
     }
+
+
+def deal_hellaswag(
+    items: Sequence[Item], folder: RunFolder, causal_lm: PreTrainedModel, world: ranks.World
+) -> list[Dealt]:
+    """This rank's batches of the items, in the tokens of the run, as long as the model reads.
+
+    Raises DataError for an ending that is longer.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer)
+    encoded = encode(items, tokenizer, num_positions(causal_lm.config))
+    vocab_size = causal_lm.config.get_text_config().vocab_size
+    return deal(batches(encoded, vocab_size, causal_lm.dtype.itemsize), world.rank, world.size)
 
 
 def _refuse_long_preparation(spec: Spec, directory: Path) -> None:

@@ -21,8 +21,8 @@ from dsllm.engine.run_folder import RunFolder
 from dsllm.engine.spikes import Spike, SpikeDetector
 from dsllm.errors import TrainingError
 from dsllm.launch.history import History, num_roll_backs, read_history, skipped_batches
+from dsllm.model.shapes import shape_of
 from dsllm.plan.batch import BatchPlan
-from dsllm.plan.model_shape import model_shape
 from dsllm.spec.sections import Guards, Spec
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def open_judge(
     past = Past()
     if earlier is not None:
         past = ranks.on_rank_0(lambda: read_past(RunFolder(earlier), first_step, spec.guards.spike_window))
-    judge = Judge(spec.guards, batch, world, folder, past, untrained_loss(model_shape(spec), spec))
+    is_untrained = spec.model.init.kind == "scratch"
+    judge = Judge(spec.guards, batch, world, folder, past, untrained_loss(shape_of(spec), spec), is_untrained)
     details = {"checkpoint": str(checkpoint)} if checkpoint else {}
     skipped = list(past.skipped_batches)
     event = "resumed" if checkpoint else "started"
@@ -80,8 +81,9 @@ class Judge:
         folder: RunFolder,
         past: Past,
         untrained_loss: float,
+        is_untrained: bool = True,
     ) -> None:
-        """`untrained_loss` is what the first loss must be about."""
+        """`untrained_loss` is what the first loss must be about; of a trained model, what it must not be far above."""
         self.history = History(folder.history, writes=world.rank == 0)
         self.skipped_batches = past.skipped_batches
         self._guards = guards
@@ -89,6 +91,7 @@ class Judge:
         self._world = world
         self._folder = folder
         self._untrained_loss = untrained_loss
+        self._is_untrained = is_untrained
         self._num_roll_backs = past.num_roll_backs
         self._num_faults = 0
         self._spikes = self._detector(past.losses)
@@ -112,7 +115,7 @@ class Judge:
             logger.info("step %d: skipped, and the loss scale lowered: gradients exceed fp16's range at it", step)
             return False
         if step == 1:
-            check_first_loss(loss, self._untrained_loss)
+            check_first_loss(loss, self._untrained_loss, is_untrained=self._is_untrained)
         spike = self._spikes.observe(loss)
         return spike is not None and self._report_spike(step, spike, can_go_back)
 

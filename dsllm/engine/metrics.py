@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import resource
+import textwrap
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -19,9 +20,10 @@ from dsllm.engine import ranks
 from dsllm.engine.memory_meter import MemoryMeter
 from dsllm.engine.progress import ProgressReport
 from dsllm.engine.run_folder import RunFolder
+from dsllm.model.shapes import shape_of
 from dsllm.plan.batch import BatchPlan
 from dsllm.plan.hardware import gpu_of_device
-from dsllm.plan.model_shape import flops_per_token, model_shape
+from dsllm.plan.model_shape import flops_per_token
 from dsllm.spec.sections import Spec, Wandb
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ def open_recorder(
     memory: MemoryMeter,
 ) -> Iterator[Recorder]:
     """A recorder to the screen and everything that the spec asks for, of a run that goes on after `first_step`."""
-    shape = model_shape(spec)
+    shape = shape_of(spec)
     with ExitStack() as stack:
         # These can show a step again: wandb by the step of the record, the screen by its time.
         steady: list[Sink] = []
@@ -129,9 +131,10 @@ def peak_flops(spec: Spec, world: ranks.World) -> float | None:
 
 
 def scalars(record: Record) -> Record:
-    """The record as dashboards draw it, a name for each number: `val_losses: {news: 4.1}` -> `val_loss/news: 4.1`."""
+    """The record as dashboards draw it, a name for each number: `val_losses: {news: 4.1}` -> `val_loss/news: 4.1`.
+    Text is no number, and left out."""
     by_label = {f"val_loss/{label}": loss for label, loss in record.get("val_losses", {}).items()}
-    return {name: value for name, value in record.items() if name != "val_losses"} | by_label
+    return {name: value for name, value in record.items() if name not in ("val_losses", "samples")} | by_label
 
 
 def jsonl_sink(path: Path, resumed_step: int) -> Sink:
@@ -159,7 +162,7 @@ def recent_losses(path: Path, step: int, count: int) -> tuple[float, ...]:
 
 
 def tensorboard_sink(folder: Path, resumed_step: int) -> Sink:
-    """A scalar for each number of a record."""
+    """A scalar for each number of a record, and its samples as text."""
     from torch.utils.tensorboard import SummaryWriter
 
     # purge_step hides what an interrupted run wrote beyond the checkpoint.
@@ -169,6 +172,10 @@ def tensorboard_sink(folder: Path, resumed_step: int) -> Sink:
         for name, value in scalars(record).items():
             if name != "step":
                 writer.add_scalar(name, value, record["step"])
+        for number, sample in enumerate(record.get("samples", ()), 1):
+            # Markdown, in which indented text is shown as it is.
+            text = textwrap.indent(sample["prompt"] + sample["text"], "    ", lambda line: True)
+            writer.add_text(f"sample/{number}", text, record["step"])
         writer.flush()
 
     return write
@@ -195,7 +202,9 @@ def wandb_sink(logs: Path, run_name: str, settings: Wandb) -> Sink:
 
     def write(record: Record) -> None:
         try:
-            run.log(scalars(record))
+            rows = [[record["step"], sample["prompt"], sample["text"]] for sample in record.get("samples", ())]
+            tables = {"samples": wandb.Table(columns=["step", "prompt", "text"], data=rows)} if rows else {}
+            run.log(scalars(record) | tables)
         except Exception as error:
             logger.warning("Weights & Biases lost step %d: %s", record["step"], error)
 
@@ -222,7 +231,9 @@ def _without_infinities(value: Any) -> Any:
     """JSON has none: the norm of a skipped step is null."""
     if isinstance(value, dict):
         return {name: _without_infinities(child) for name, child in value.items()}
-    return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_without_infinities(child) for child in value]
+    return value if isinstance(value, str) or math.isfinite(value) else None
 
 
 def _step_of(line: str) -> float:

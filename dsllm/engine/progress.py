@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -32,15 +33,18 @@ class ProgressReport:
             self._bar.start()
 
     def __call__(self, record: dict[str, Any]) -> None:
-        """Show the step of `record`: the bar always, a line every ten seconds and at each evaluation."""
+        """Show the step of `record`: the bar always, a line every ten seconds and at each answer, and samples."""
         self._num_records += 1
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"], description=_numbers(record))
         due = time.monotonic() - self._last_line >= LINE_INTERVAL_SECONDS
-        if "val_loss" in record or (self._bar is None and due):
+        has_answers = "val_loss" in record or "hellaswag_acc" in record
+        if has_answers or (self._bar is None and due):
             self._last_line = time.monotonic()
             left = format_duration(self._seconds_left(record["step"]))
             logger.info("step %d/%d  %s  %s left", record["step"], self._train_steps, _numbers(record), left)
+        for sample in record.get("samples", ()):
+            logger.info("sample at step %d  %s", record["step"], _quoted(sample["prompt"] + sample["text"]))
 
     def close(self) -> None:
         """Give the terminal back."""
@@ -58,11 +62,18 @@ def _bar(console: Console) -> Progress:
     )
 
 
+def _quoted(text: str) -> str:
+    """On one line, the ends of its own written as they are in programs."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _numbers(record: dict[str, Any]) -> str:
     parts = [f"loss {record['loss']:.3f}"]
     if "val_loss" in record:
         by_label = ", ".join(f"{label} {loss:.3f}" for label, loss in record.get("val_losses", {}).items())
         parts.append(f"val {record['val_loss']:.3f}" + (f" ({by_label})" if by_label else ""))
+    if "hellaswag_acc" in record:
+        parts.append(f"HellaSwag {record['hellaswag_acc']:.1%} ({record['hellaswag_acc_norm']:.1%} normalized)")
     parts.append(f"{format_count(record['tokens_per_second'])} tokens/s")
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")

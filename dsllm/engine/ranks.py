@@ -101,6 +101,12 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def of_rank_0(values: torch.Tensor) -> torch.Tensor:
+    """What rank 0 gives, on every rank; all give a tensor of the same shape on their own device."""
+    distributed.broadcast(values, 0)
+    return values
+
+
 def any_rank(is_so: bool) -> bool:
     """Whether it is so on any rank, on every rank."""
     return bool(sum_over_ranks(torch.tensor(float(is_so), device=device())) > 0)

@@ -43,8 +43,11 @@ def describe_run(folder: RunFolder, spec: Spec, ds_config: dict[str, Any], passp
     write_whole(folder.passport, json.dumps(passport, indent=2) + "\n")
 
 
-def make_passport(spec: Spec, world_size: int, device: str, data: Path) -> dict[str, Any]:
-    """What a run was made with: enough to compare two runs, nothing of the environment, which may hold keys."""
+def make_passport(spec: Spec, world_size: int, device: str, data: Path, init: dict[str, Any]) -> dict[str, Any]:
+    """What a run was made with: enough to compare two runs, nothing of the environment, which may hold keys.
+
+    `init` says what its weights were at first.
+    """
     return {
         "dsllm": __version__,
         "python": platform.python_version(),
@@ -53,6 +56,7 @@ def make_passport(spec: Spec, world_size: int, device: str, data: Path) -> dict[
         "world_size": world_size,
         "device": device,
         "seed": spec.seed,
+        "init": init,
         "data_hash": manifest_hash(data),
         "tokenizer_hash": read_manifest(data).tokenizer_sha256,
     }

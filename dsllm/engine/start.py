@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from dsllm.engine import muon
 from dsllm.engine.optimizer import own_optimizer, parameter_groups
 from dsllm.engine.ranks import device_type
+from dsllm.engine.starting_point import StartingPoint
 from dsllm.errors import UserError
 from dsllm.model.build import (
     DTYPES,
@@ -23,6 +24,7 @@ from dsllm.model.build import (
 from dsllm.model.initialize import initialize_weights
 from dsllm.model.kernels import has_liger_kernels, liger_is_installed, use_liger_kernels
 from dsllm.model.loss import TrainingModel
+from dsllm.model.suitability import check_suitable
 from dsllm.plan.workload import CHECKPOINTED_BLOCKS, LossImplementation
 from dsllm.spec.sections import Precision, Spec
 
@@ -30,17 +32,24 @@ LIGER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Families, by transformers' names, whose norms, rotary positions and gated layers all have fused kernels."""
 
 
-def start_engine(spec: Spec, ds_config: dict[str, Any]) -> DeepSpeedEngine:
-    """The initialised model of `spec` under DeepSpeed; collective, on every rank.
+def start_engine(spec: Spec, ds_config: dict[str, Any], start: StartingPoint | None = None) -> DeepSpeedEngine:
+    """The model of `spec` under DeepSpeed, its weights those of `start`, or drawn at random; collective, on every rank.
 
-    Raises UserError where the device cannot compute in the spec's precision, or not with the kernels that it names.
+    Raises UserError where the device cannot compute in the spec's precision or not with the kernels that it names, or
+    dsllm cannot train the model type.
     """
     check_precision(spec.training.precision)
     allow_tf32(spec.training.tf32)
+    config = model_config(spec)
+    if spec.model.family == "auto":
+        check_suitable(config, spec.zero.stage, spec.data.mask_documents)
     partitioned = ds_config if spec.zero.stage == 3 else None
-    causal_lm = build_model(model_config(spec), DTYPES[spec.training.precision], partitioned)
-    initialize_weights(causal_lm, spec.seed)
-    if kernels(spec, causal_lm.config.model_type) == "liger":
+    causal_lm = build_model(config, DTYPES[spec.training.precision], partitioned)
+    if start is not None:
+        start.set_weights(causal_lm)
+    else:
+        initialize_weights(causal_lm, spec.seed)
+    if kernels(spec, config.model_type) == "liger":
         use_liger_kernels(causal_lm)
     if spec.training.activation_checkpointing != "none":
         enable_activation_checkpointing(causal_lm, CHECKPOINTED_BLOCKS[spec.training.activation_checkpointing])

@@ -115,8 +115,8 @@ def train_step(
 ) -> tuple[Record, nonfinite.Fault | None]:
     """One optimizer update; where it is skipped because it is not finite, once more, to find whose numbers are not.
 
-    Returns the mean loss over all ranks' counted tokens, the gradients' norm before clipping, and the seconds taken;
-    and the fault, if there was one.
+    Returns the mean loss over all ranks' counted tokens, that which keeps experts balanced where there are any, the
+    gradients' norm before clipping, and the seconds taken; and the fault, if there was one.
     """
     started = time.perf_counter()
     states, scale_can_fall = generator_states(), nonfinite.loss_scale_can_fall(engine)
@@ -134,7 +134,8 @@ def train_step(
         fault = nonfinite.located("skipped" if update.was_skipped else "recovered", update.own_loss, own_gradients)
     elif not (update.was_skipped or math.isfinite(update.loss + update.grad_norm)):
         fault = nonfinite.located("spoiled", update.own_loss, ())
-    return {"loss": update.loss, "grad_norm": update.grad_norm, "step_seconds": time.perf_counter() - started}, fault
+    losses = {"loss": update.loss, **({} if update.balance_loss is None else {"balance_loss": update.balance_loss})}
+    return {**losses, "grad_norm": update.grad_norm, "step_seconds": time.perf_counter() - started}, fault
 
 
 class Update(NamedTuple):
@@ -142,6 +143,8 @@ class Update(NamedTuple):
 
     loss: float
     """Mean over all ranks."""
+    balance_loss: float | None
+    """The same, of a model with experts."""
     own_loss: float
     grad_norm: float
     was_skipped: bool
@@ -157,7 +160,8 @@ def _update(
 ) -> Update:
     """Forward and backward for each micro-batch; DeepSpeed accumulates, reduces, clips, steps."""
     device, skipped = ranks.device(), engine.skipped_steps
-    total_loss = torch.zeros((), device=device)
+    # cross-entropy, and the balancing loss of a model with experts
+    totals = torch.zeros(2, device=device)
     activity("reading")
     for batch in batches:
         activity("forward")
@@ -166,7 +170,9 @@ def _update(
         activity("backward")
         with memory.phase("backward"):
             engine.backward(nonfinite.poisoned(loss))
-        total_loss += loss.detach()
+        totals[0] += loss.detach()
+        if engine.module.balance_loss is not None:
+            totals[1] += engine.module.balance_loss
         norm = reduced_gradient_norm(engine)
         activity("step")
         if engine.is_gradient_accumulation_boundary():
@@ -174,18 +180,19 @@ def _update(
         with memory.phase("step"):
             engine.step()
         activity("reading")
-    own_loss = total_loss / engine.gradient_accumulation_steps()
+    own_losses = totals / engine.gradient_accumulation_steps()
     asked = torch.tensor(requests.own()).to(device, non_blocking=True)
-    shared = ranks.mean_over_ranks(torch.cat([own_loss[None], asked]))
+    shared = ranks.mean_over_ranks(torch.cat([own_losses, asked]))
     norm = torch.as_tensor(engine.get_global_grad_norm() if norm is None else norm)
-    numbers = [shared, own_loss[None], norm.to(device, non_blocking=True).view(1)]
+    numbers = [shared, own_losses[:1], norm.to(device, non_blocking=True).view(1)]
     # Here alone the host waits for the device, beside DeepSpeed's own look at the gradients in the step.
-    loss, *agreed, own, grad_norm = torch.cat([number.double() for number in numbers]).tolist()
+    loss, balance_loss, *agreed, own, grad_norm = torch.cat([number.double() for number in numbers]).tolist()
     requests.agree(*agreed)
     was_skipped = engine.skipped_steps > skipped
     if was_skipped:
         nonfinite.forget_gradients(engine)
-    return Update(loss, own, grad_norm, was_skipped)
+    has_experts = engine.module.balance_loss is not None
+    return Update(loss, balance_loss if has_experts else None, own, grad_norm, was_skipped)
 
 
 def uncount_step(engine: DeepSpeedEngine) -> None:

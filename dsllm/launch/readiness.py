@@ -109,6 +109,7 @@ def _wanted(plan: RunPlan, topology: Topology, port: int) -> Wanted:
     return Wanted(
         hosts=topology.hosts,
         spec=plan.spec,
+        shape=plan.shape,
         spec_file=plan.spec_file,
         run_dir=plan.run_dir,
         on_cpu=topology.on_cpu,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsllm.launch.launchers import Launcher
+from dsllm.plan.model_shape import ModelShape
 from dsllm.spec.sections import Spec
 
 
@@ -24,6 +25,8 @@ class RunPlan:
     port: int | None = None
     """For the ranks to meet at, another one where it is in use; None for one of the launch's own."""
     asks_doctor: bool = True
+    shape: ModelShape | None = None
+    """Of the spec's network, where no formula has it."""
     only_checks: bool = False
     """Whether ranks make the checks before the first step and end, which leaves no history."""
 

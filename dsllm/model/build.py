@@ -8,24 +8,46 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dsllm.errors import UserError
+from dsllm.model.configs import auto_config
+from dsllm.model.families import NO_TOKENS, family_config
 from dsllm.plan.model_shape import model_shape
-from dsllm.spec.sections import Model, Spec
+from dsllm.spec.derived import written_config
+from dsllm.spec.sections import Spec
+from dsllm.units import round_up
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def model_config(spec: Spec) -> PretrainedConfig:
-    """The transformers configuration of `spec.model`, its vocabulary padded."""
-    shape = model_shape(spec)
-    builders = {"gpt2": _gpt2_config, "llama": _llama_config}
-    config = builders[spec.model.family](spec.model, shape.padded_vocab_size, shape.intermediate_size)
-    config._attn_implementation = spec.model.attention
+    """The transformers configuration of `spec.model`, its vocabulary padded.
+
+    Raises UserError for an automatic one that transformers does not take.
+    """
+    model = spec.model
+    if model.family == "auto":
+        config = auto_config(written_config(model))
+        config.vocab_size = round_up(spec.vocab_size, model.vocab_padding_multiple)
+        for name, value in NO_TOKENS.items():
+            setattr(config, name, value)
+        _check_attention(config, model.attention)
+    else:
+        config = family_config(model, model_shape(spec))
+    config._attn_implementation = model.attention
     config.use_cache = False
     return config
+
+
+def _check_attention(config: PretrainedConfig, attention: str) -> None:
+    if attention == "sdpa" and not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
+        raise UserError(
+            f"model.attention: given sdpa with model type {config.model_type}, which has only the plain kernel; "
+            "set model.attention to eager"
+        )
 
 
 def build_model(
@@ -76,41 +98,3 @@ def compile_blocks(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.compile()
-
-
-def _gpt2_config(model: Model, vocab_size: int, intermediate_size: int) -> GPT2Config:
-    return GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=model.max_position_embeddings,
-        n_embd=model.hidden_size,
-        n_layer=model.num_layers,
-        n_head=model.num_attention_heads,
-        n_inner=intermediate_size,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's own formula in one kernel: its "gelu_new" keeps 5 tensors
-        resid_pdrop=model.dropout,
-        embd_pdrop=model.dropout,
-        attn_pdrop=model.dropout,
-        layer_norm_epsilon=model.norm_epsilon,
-        initializer_range=model.initializer_range,
-        tie_word_embeddings=model.tie_word_embeddings,
-        bos_token_id=None,  # GPT-2's own 50256 may not be in this vocabulary; the export sets the tokenizer's
-        eos_token_id=None,
-    )
-
-
-def _llama_config(model: Model, vocab_size: int, intermediate_size: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
-        max_position_embeddings=model.max_position_embeddings,
-        rms_norm_eps=model.norm_epsilon,
-        initializer_range=model.initializer_range,
-        tie_word_embeddings=model.tie_word_embeddings,
-        bos_token_id=None,
-        eos_token_id=None,
-        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
-    )

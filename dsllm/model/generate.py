@@ -2,53 +2,144 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from dsllm.errors import UserError
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from dsllm.data.tokenizer import token_count
+from dsllm.errors import DsllmError, UserError
+from dsllm.model.positions import num_positions
+from dsllm.model.text_stream import TextStream
+
+OnText = Callable[[int, str, bool], None]
+"""Hears text as it is written: the number of the sample, from 0, the piece, and whether it is the last."""
+
+
+class Sampling(NamedTuple):
+    """How tokens are chosen, and when they end."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    """0 takes the likeliest token each time."""
+    top_k: int = 50
+    """0 leaves the distribution whole."""
+    top_p: float = 0.95
+    """1 leaves the distribution whole."""
+    stops: tuple[str, ...] = ()
+    """Texts before which the model's text ends."""
+
+
+class Continuation(NamedTuple):
+    """What a model wrote behind its context."""
+
+    text: str
+    num_tokens: int
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The ids of a prompt, nothing added; of an empty one the end-of-text token, behind which documents start.
+
+    Raises UserError for an empty prompt where the tokenizer has no such token.
+    """
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
+    if not ids and tokenizer.eos_token_id is None:
+        raise UserError(
+            "--prompt: given none, and the tokenizer has no end-of-text token to begin with; give some text"
+        )
+    return ids or [tokenizer.eos_token_id]
 
 
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    context: Sequence[int],
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
-    num_samples: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
     seed: int,
-) -> list[str]:
-    """`num_samples` continuations of `prompt`, the prompt included; the same for the same seed.
+    num_samples: int = 1,
+    on_text: OnText = lambda sample, piece, is_last: None,
+) -> list[Continuation]:
+    """`num_samples` continuations of `context`, all at once; the same for the same seed.
 
-    `temperature` 0 takes the likeliest token each time; `top_k` 0 and `top_p` 1 leave the distribution whole. The text
-    ends at the end-of-text token, or where the model's positions end. Raises UserError for a prompt that leaves no
-    room, or several samples where each would be the same.
+    A text ends at the end-of-text token, before a stop text, or where the model's positions end. What `on_text` heard
+    of a sample, joined, is its text. Raises UserError for a context that leaves no room, or several samples where all
+    would be the same, DsllmError for weights that give no probabilities.
     """
-    if temperature == 0 and num_samples > 1:
+    if sampling.temperature == 0 and num_samples > 1:
         raise UserError(f"--samples: given {num_samples} at --temperature 0, where all are the same; ask for 1")
+    positions = num_positions(model.config)
+    if positions is not None and len(context) >= positions:
+        raise UserError(f"--prompt: given {len(context)} tokens; the model has {positions} positions; shorten it")
     torch.manual_seed(seed)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-    if ids.shape[1] == 0:
-        ids = torch.tensor([[tokenizer.eos_token_id]])
-    room = model.config.max_position_embeddings - ids.shape[1]
-    if room < 1:
-        raise UserError(
-            f"--prompt: given {ids.shape[1]} tokens; the model has {model.config.max_position_embeddings} positions; "
-            "shorten it"
-        )
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    output = model.generate(
+    streams = [TextStream(tokenizer, context, sampling.stops) for _ in range(num_samples)]
+    ids = torch.tensor([context], device=model.device)
+    model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=min(max_new_tokens, room),
+        max_new_tokens=min(sampling.max_new_tokens, positions - len(context) if positions else sampling.max_new_tokens),
         num_return_sequences=num_samples,
-        pad_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=0,  # of samples that have ended: nobody reads it
         # Rows that only pad the vocabulary are no tokens.
-        suppress_tokens=list(range(len(tokenizer), model.config.vocab_size)) or None,
-        **(sampling if temperature > 0 else {"do_sample": False}),
+        suppress_tokens=list(range(token_count(tokenizer), model.config.get_text_config().vocab_size)) or None,
+        logits_processor=LogitsProcessorList([_Soundness()]),
+        stopping_criteria=StoppingCriteriaList([_Listener(streams, _end_ids(model, tokenizer), on_text)]),
+        **_choice(sampling),
     )
-    return tokenizer.batch_decode(output, skip_special_tokens=True)
+    for sample, stream in enumerate(streams):
+        if not stream.is_finished:
+            on_text(sample, stream.finish(), True)
+    return [Continuation(stream.text, stream.num_tokens) for stream in streams]
+
+
+def _choice(sampling: Sampling) -> dict[str, Any]:
+    if sampling.temperature == 0:
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+    }
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end a text: the tokenizer's, and those that the model's own settings name, as of a chat model."""
+    own = model.generation_config.eos_token_id
+    named = own if isinstance(own, list) else [own]
+    return {token for token in [tokenizer.eos_token_id, *named] if token is not None}
+
+
+class _Listener(StoppingCriteria):
+    """Hears each token of each sample, and says which samples have ended."""
+
+    def __init__(self, streams: Sequence[TextStream], end_ids: set[int], on_text: OnText) -> None:
+        self._streams = streams
+        self._end_ids = end_ids
+        self._on_text = on_text
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+        for sample, (stream, token) in enumerate(zip(self._streams, input_ids[:, -1].tolist(), strict=True)):
+            if not stream.is_finished:
+                piece = stream.finish() if token in self._end_ids else stream.push(token)
+                self._on_text(sample, piece, stream.is_finished)
+        return torch.tensor([stream.is_finished for stream in self._streams], device=input_ids.device)
+
+
+class _Soundness(LogitsProcessor):
+    """Refuses logits of which torch makes no probabilities; it says so in words about a tensor."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not (scores < math.inf).all():  # neither of NaN nor of infinity
+            raise DsllmError("the model's logits are not finite: its weights were spoiled; take an earlier checkpoint")
+        return scores

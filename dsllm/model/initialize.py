@@ -14,9 +14,22 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dsllm.model.gather import gathered
+from dsllm.model.suitability import is_own_family, own_vectors, without_number
 
-RESIDUAL_PROJECTIONS = ("c_proj.weight", "o_proj.weight", "down_proj.weight")
-"""Names that the matrices which write to the residual stream end in, for gpt2 and llama."""
+RESIDUAL_PROJECTIONS = (
+    "c_proj.weight",  # gpt2
+    "o_proj.weight",  # llama and its like
+    "down_proj.weight",
+    "experts.down_proj",
+    "attention.dense.weight",  # gpt_neox, and some of other types
+    "dense_4h_to_h.weight",
+    "out_proj.weight",
+    "fc2.weight",
+)
+"""Names that the matrices which write to the residual stream end in."""
+
+INITIALIZER_RANGE = 0.02
+"""Of a model type whose configuration does not say."""
 
 
 class Distribution(NamedTuple):
@@ -38,14 +51,21 @@ def initial_distribution(name: str, num_dimensions: int, config: PretrainedConfi
     """What the elements of the parameter `name` are drawn from.
 
     Matrices are normal with the configuration's `initializer_range`; those that write to the residual stream have it
-    divided by sqrt(2 x layers), because each block adds two of them (GPT-2 report, sec. 2.3). Biases are 0, norms 1.
+    divided by sqrt(2 x layers), because each block adds two of them (GPT-2 report, sec. 2.3). Biases are 0, norms 1; in
+    model types that no family here has, vectors are what transformers makes them.
     """
     if num_dimensions < 2:
-        return Distribution(0.0 if name.endswith("bias") else 1.0, 0.0)
-    std = config.initializer_range
+        return Distribution(_vector_value(name, config), 0.0)
+    std = getattr(config, "initializer_range", INITIALIZER_RANGE)
     if name.endswith(RESIDUAL_PROJECTIONS):
         std /= math.sqrt(2 * config.num_hidden_layers)
     return Distribution(0.0, std)
+
+
+def _vector_value(name: str, config: PretrainedConfig) -> float:
+    if not is_own_family(config) and (value := own_vectors(config).get(without_number(name))) is not None:
+        return value
+    return 0.0 if name.endswith("bias") else 1.0
 
 
 def parameter_seed(seed: int, name: str) -> int:

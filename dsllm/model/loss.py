@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, masking_utils
 
 from dsllm.data.samples import IGNORED_LABEL
+from dsllm.model.balance import balance_of, with_gradient_of
 from dsllm.model.cuda_kernels import replaced
 from dsllm.model.document_mask import document_mask
 from dsllm.plan.activations import CHUNK_LOGITS_BYTES, PRODUCT_BYTES
@@ -29,6 +30,9 @@ class TrainingModel(nn.Module):
         super().__init__()
         causal_lm.set_output_embeddings(LossHead(causal_lm.get_output_embeddings(), implementation))
         self.causal_lm = causal_lm
+        self.balance = balance_of(causal_lm)
+        self.balance_loss: torch.Tensor | None = None
+        """Of the last micro-batch that was trained on, its weight left out; None for a model without experts."""
 
     def forward(
         self,
@@ -36,27 +40,42 @@ class TrainingModel(nn.Module):
         labels: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         loss_tokens: torch.Tensor | None = None,
+        logits_at: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy in nats a token, fp32: the sum over the counted labels over `loss_tokens`, a scalar, or over
         their number where that is absent.
 
         `input_ids` and `labels` are (sequences, sequence_length); `labels` are already shifted, -100 is left out. With
         `position_ids`, of the same shape, attention stays within a document: see document_mask.py. Without `labels`
-        the logits of every position, (sequences, sequence_length, padded vocabulary).
-        """
-        hidden = self._hidden_states(input_ids, position_ids)
-        return self.causal_lm.get_output_embeddings()(hidden, labels, loss_tokens)
+        the logits of every position, (sequences, sequence_length, padded vocabulary), or of one in each sequence, given
+        by `logits_at` (sequences,): (sequences, padded vocabulary).
 
-    def _hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        """Of the last block, normalised. In a function of its own, so that a mask which no kernel keeps for backward is
-        gone before the loss."""
-        documents = {}
+        In training, a model with experts has the balancing loss in its gradients: see balance.py.
+        """
+        balance = self.balance if self.training and labels is not None else None
+        hidden, router_logits = self._hidden_states(input_ids, position_ids, balance is not None)
+        if logits_at is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), logits_at]
+        loss = self.causal_lm.get_output_embeddings()(hidden, labels, loss_tokens)
+        if balance is None:
+            return loss
+        balance_loss = balance.loss(router_logits, len(input_ids))
+        self.balance_loss = balance_loss.detach()
+        return with_gradient_of(loss, balance.weight * balance_loss)
+
+    def _hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, wants_routers: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Of the last block, normalised; and the logits of every block's router where they are wanted. In a function of
+        its own, so that a mask which no kernel keeps for backward is gone before the loss."""
+        extras: dict[str, Any] = {"output_router_logits": True} if wants_routers else {}
         if position_ids is not None:
-            mask = document_mask(position_ids, self.causal_lm.dtype)
-            documents = {"position_ids": position_ids, "attention_mask": mask}
+            window = getattr(self.causal_lm.config, "sliding_window", None)
+            mask = document_mask(position_ids, self.causal_lm.dtype, window)
+            extras |= {"position_ids": position_ids, "attention_mask": mask}
         with _unsearched_positions():
-            hidden: torch.Tensor = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **documents)[0]
-        return hidden
+            output = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **extras)
+        return output[0], output.router_logits if wants_routers else ()
 
 
 def _unsearched_positions() -> contextlib.AbstractContextManager[None]:

@@ -26,16 +26,17 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     PretrainedConfig,
     PreTrainedModel,
     masking_utils,
 )
+from transformers.integrations import moe
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsllm.errors import UserError
 from dsllm.model.build import DTYPES, build_model, enable_activation_checkpointing
+from dsllm.model.configs import check_is_causal, num_experts
 from dsllm.model.cuda_kernels import cuda_kernels, replaced
 from dsllm.model.ledger import Ledger
 from dsllm.model.loss import TrainingModel
@@ -46,11 +47,11 @@ from dsllm.plan.workload import CHECKPOINTED_BLOCKS, Device, Workload
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TracedShape(ModelShape):
-    """The sizes of a model of any type, counted on the built model instead of by the formulas of two families.
+    """The sizes of a model of any type, counted on the built model instead of by the formulas of our families.
 
-    `family` names the nearer one, for what is not counted here: FLOPs and traffic.
+    What is not counted, FLOPs beside the parameters and traffic, is that of the nearer style.
     """
 
     traced_tensors: tuple[Tensor, ...]
@@ -59,6 +60,8 @@ class TracedShape(ModelShape):
     """Of the token embedding."""
     block_elements: int
     """Of the largest block."""
+    expert_elements: int
+    """Of all experts of all blocks."""
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -66,12 +69,18 @@ class TracedShape(ModelShape):
 
     @property
     def parameters(self) -> int:
-        return sum(tensor.elements for tensor in self.traced_tensors)
+        vocabulary_matrices = 1 if self.tie_word_embeddings else 2
+        padding = (self.padded_vocab_size - self.vocab_size) * self.embedding_elements // self.padded_vocab_size
+        return self.allocated_parameters - vocabulary_matrices * padding
+
+    @property
+    def active_parameters(self) -> int:
+        passed_over = self.num_experts - self.num_experts_per_token
+        return self.parameters - (self.expert_elements * passed_over // self.num_experts if passed_over else 0)
 
     @property
     def allocated_parameters(self) -> int:
-        """The same: a Hugging Face config states the rows that exist."""
-        return self.parameters
+        return sum(tensor.elements for tensor in self.traced_tensors)
 
     @property
     def embedding_parameters(self) -> int:
@@ -103,7 +112,7 @@ def trace(config: PretrainedConfig, run: Workload, micro_batch_size: int, device
     """
     if run.loss == "fused":
         raise UserError("training.loss: given fused, whose kernels cannot be traced; trace with chunked or plain")
-    _check_is_causal(config, config.model_type)
+    check_is_causal(config, config.model_type)
     try:
         return _trace(_prepared(config, run), run, micro_batch_size, device)
     except DATA_DEPENDENT as error:
@@ -113,11 +122,12 @@ def trace(config: PretrainedConfig, run: Workload, micro_batch_size: int, device
         ) from error
 
 
-def traced_shape(config: PretrainedConfig) -> TracedShape:
-    """The sizes of the model of `config`, built without memory. Raises UserError for what is no causal model."""
-    _check_is_causal(config, config.model_type)
+def traced_shape(config: PretrainedConfig, vocab_size: int | None = None) -> TracedShape:
+    """The sizes of the model of `config`, built without memory; `vocab_size` is how many of its rows are tokens, all
+    when absent. Raises UserError for what is no causal model."""
+    check_is_causal(config, config.model_type)
     with FakeTensorMode():
-        return _shape(build_model(copy.deepcopy(config), torch.bfloat16))
+        return _shape(build_model(copy.deepcopy(config), torch.bfloat16), vocab_size)
 
 
 def config_of(path: str | Path) -> PretrainedConfig:
@@ -136,7 +146,7 @@ def config_of(path: str | Path) -> PretrainedConfig:
         raise UserError(
             f"{file}: not a config that this transformers can read ({reason}); check its model_type"
         ) from error
-    _check_is_causal(config, str(file))
+    check_is_causal(config, str(file))
     return config
 
 
@@ -152,16 +162,6 @@ def _difference(value: int, found: int) -> float:
     return value / found - 1
 
 
-def _check_is_causal(config: PretrainedConfig, source: str) -> None:
-    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
-    if not is_known or is_encoder or getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{source}: model type {config.model_type} is no decoder that predicts the next token; "
-            "give the config of a causal language model"
-        )
-
-
 def _prepared(config: PretrainedConfig, run: Workload) -> PretrainedConfig:
     """With the attention that the run asks for, or the plain one where the model type has no other."""
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -172,7 +172,7 @@ def _prepared(config: PretrainedConfig, run: Workload) -> PretrainedConfig:
 
 def _trace(config: PretrainedConfig, run: Workload, micro_batch_size: int, device: Device) -> Trace:
     ledger = Ledger(device)
-    with FakeTensorMode(), _sequences_unpacked():
+    with FakeTensorMode(), _sequences_unpacked(), _experts_in_any_type():
         causal_lm = build_model(config, DTYPES[run.precision])
         shape = _shape(causal_lm)
         if run.activation_checkpointing != "none":
@@ -243,7 +243,7 @@ def _activations(ledger: Ledger, moments: dict[str, int], states: set[int], grad
     )
 
 
-def _shape(model: PreTrainedModel) -> TracedShape:
+def _shape(model: PreTrainedModel, vocab_size: int | None = None) -> TracedShape:
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if head is None:
         raise UserError(
@@ -252,19 +252,23 @@ def _shape(model: PreTrainedModel) -> TracedShape:
     embedding = model.get_input_embeddings().weight
     heads, width = getattr(config, "num_attention_heads", 1), config.hidden_size
     return TracedShape(
-        family="gpt2" if config.model_type == "gpt2" else "llama",
+        family=config.model_type,
         num_layers=config.num_hidden_layers,
         hidden_size=width,
         num_attention_heads=heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or width // heads,
         intermediate_size=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width,
         max_position_embeddings=getattr(config, "max_position_embeddings", 0),
-        vocab_size=config.vocab_size,
+        vocab_size=vocab_size or config.vocab_size,
         padded_vocab_size=embedding.shape[0],
         tie_word_embeddings=embedding is head.weight,
+        num_experts=num_experts(config),
+        num_experts_per_token=getattr(config, "num_experts_per_tok", 0) if num_experts(config) else 0,
         traced_tensors=tuple(Tensor(weight.numel(), weight.ndim >= 2) for weight in model.parameters()),
         embedding_elements=embedding.numel(),
         block_elements=max(sum(weight.numel() for weight in block.parameters()) for block in _blocks(model)),
+        expert_elements=sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name),
     )
 
 
@@ -285,3 +289,8 @@ def _sequences_unpacked() -> contextlib.AbstractContextManager[None]:
     """transformers reads the position ids to see whether sequences are packed, and where it cannot read them makes a
     mask that no run of ours has."""
     return replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+
+
+def _experts_in_any_type() -> contextlib.AbstractContextManager[None]:
+    """torch's grouped product knows fake tensors in bf16 alone; transformers' own keeps the same for backward."""
+    return replaced(moe, "_can_use_grouped_mm", lambda rows, weight, offsets: False)

@@ -59,7 +59,7 @@ def activations(run: Workload, micro_batch_size: int, device: Device = "cuda") -
     final_norm = _norm_bytes_per_token(run) - boundary  # its output is the loss's input, and counted there
     at_once = max(block + _gradients_per_token(run, device), attention_peak_bytes_per_token(run, device))
     # what is kept of a block that is computed again is the input of its first norm, unless that makes an fp32 copy
-    makes_copy = run.shape.family == "llama" and run.element_bytes < 4
+    makes_copy = run.shape.style == "llama" and run.element_bytes < 4
     input_beside = boundary if every and makes_copy else 0
     kept_of_last = block
     if every is not None and (run.shape.num_layers - 1) % every == 0:
@@ -79,7 +79,7 @@ def activations(run: Workload, micro_batch_size: int, device: Device = "cuda") -
 def block_bytes_per_token(run: Workload, device: Device = "cuda") -> int:
     """What one block saves of a token."""
     element = run.element_bytes
-    block = _gpt2_block(run.shape, element) if run.shape.family == "gpt2" else _llama_block(run)
+    block = _gpt2_block(run.shape, element) if run.shape.style == "gpt2" else _llama_block(run)
     return block + attention_bytes_per_token(run, device) + _dropout_masks(run, device)
 
 
@@ -93,15 +93,33 @@ def _gpt2_block(shape: ModelShape, element: int) -> int:
 def _llama_block(run: Workload) -> int:
     """Two RMS norms; query, key, value and attention's output; gate, its SiLU, up and their product: 4i."""
     shape, element = run.shape, run.element_bytes
-    attention = element * (2 * shape.hidden_size + 2 * shape.key_value_size)
-    return 2 * _norm_bytes_per_token(run) + attention + element * 4 * shape.intermediate_size
+    attention = element * (2 * shape.query_size + 2 * shape.key_value_size) + _query_norms(run)
+    feed_forward = _experts(run) if shape.num_experts else element * 4 * shape.intermediate_size
+    return 2 * _norm_bytes_per_token(run) + attention + feed_forward
+
+
+def _query_norms(run: Workload) -> int:
+    """The norms of queries and keys, a head at a time: as other RMS norms, but that nothing keeps their output."""
+    shape = run.shape
+    if not shape.norms_queries:
+        return 0
+    heads = shape.num_attention_heads + shape.num_key_value_heads
+    return (4 + run.element_bytes) * heads * shape.head_size + STATISTIC_BYTES * heads
+
+
+def _experts(run: Workload) -> int:
+    """For each expert that a token takes: its input, 4i as ever, and its output, which the router weighs. The router's
+    logits and their softmax in fp32; and where each choice goes and comes from, five indices of 8 bytes."""
+    shape, element = run.shape, run.element_bytes
+    chosen = shape.num_experts_per_token * (element * (4 * shape.intermediate_size + 2 * shape.hidden_size) + 5 * 8)
+    return chosen + (4 + element) * shape.num_experts + STATISTIC_BYTES
 
 
 def _norm_bytes_per_token(run: Workload) -> int:
     """A layer norm saves its input, and its output is saved by what comes next; an RMS norm its input in fp32 (which in
     fp32 is the input itself), the normalised rows and the output."""
     shape, element = run.shape, run.element_bytes
-    if shape.family == "gpt2":
+    if shape.style == "gpt2":
         return 2 * element * shape.hidden_size
     return (4 + 2 * element) * shape.hidden_size + STATISTIC_BYTES
 
@@ -119,9 +137,21 @@ def _gradients_per_token(run: Workload, device: Device) -> int:
     GPT-2: the residual stream's, and GELU's in the place of its output. Llama: the residual stream's, the product's,
     and both its factors' in the place of the product. CUDA's dropout makes one of its own, when its mask has gone.
     """
-    widest = run.shape.intermediate_size * (1 if run.shape.family == "gpt2" else 2)
+    if run.shape.num_experts:
+        return _expert_gradients_per_token(run)
+    widest = run.shape.intermediate_size * (1 if run.shape.style == "gpt2" else 2)
     dropped = (run.element_bytes - 1) * run.shape.hidden_size if run.dropout and device == "cuda" else 0
     return run.element_bytes * (run.shape.hidden_size + widest) + dropped
+
+
+def _expert_gradients_per_token(run: Workload) -> int:
+    """The same with experts: where their outputs are weighed, which is in fp32, three of them and what they are cast
+    to; or where gate and up are widest, as ever but for each chosen expert, whose output is consumed by then."""
+    element, chosen, width = run.element_bytes, run.shape.num_experts_per_token, run.shape.hidden_size
+    cast = element * width - 8 if element < 4 else 0
+    weighed = chosen * (3 * 4 * width + cast)
+    widest = chosen * (2 * element * run.shape.intermediate_size - element * width - 8)
+    return element * width + max(weighed, widest) - 8
 
 
 def _loss_bytes(run: Workload, tokens: int, device: Device) -> tuple[int, int]:
@@ -168,7 +198,7 @@ def _fused_loss(run: Workload, tokens: int, hidden: int) -> tuple[int, int]:
 def _norm_backward(run: Workload, tokens: int) -> int:
     """The final RMS norm's backward, with the head's gradient waiting: fp32 copies of gradients; a layer norm needs
     fewer than the loss."""
-    if run.shape.family == "gpt2":
+    if run.shape.style == "gpt2":
         return 0
     per_element = 18 if run.element_bytes == 2 else 16
     return per_element * run.shape.hidden_size * tokens + run.element_bytes * run.shape.embedding_parameters

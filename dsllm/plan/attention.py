@@ -31,12 +31,18 @@ def attention_kernel(run: Workload, device: Device) -> Kernel:
         return "eager"
     if device == "cpu":
         return "math" if run.dropout else "flash"
-    width = _head_width(run)
-    if run.element_bytes == 2 and width <= FLASH_LARGEST_WIDTH and not run.masks_documents:
+    width, has_mask = run.shape.head_size, run.masks_documents or masks_window(run)
+    if run.element_bytes == 2 and width <= FLASH_LARGEST_WIDTH and not has_mask:
         return "flash"
     # beside a mask, transformers repeats keys and values for every query head itself (use_gqa_in_sdpa)
-    has_groups = run.shape.num_key_value_heads < run.shape.num_attention_heads and not run.masks_documents
+    has_groups = run.shape.num_key_value_heads < run.shape.num_attention_heads and not has_mask
     return "math" if has_groups or width % (16 // run.element_bytes) else "efficient"
+
+
+def masks_window(run: Workload) -> bool:
+    """Whether a sliding window takes a mask of transformers' own; one of documents has the window in it."""
+    window = run.shape.sliding_window
+    return window is not None and window < run.sequence_length and not run.masks_documents
 
 
 def attention_bytes_per_token(run: Workload, device: Device) -> int:
@@ -45,14 +51,17 @@ def attention_bytes_per_token(run: Workload, device: Device) -> int:
     if kernel == "flash" and device == "cuda":
         return STATISTIC_BYTES * shape.num_attention_heads + _padding_bytes_per_token(run)
     if kernel in ("flash", "efficient"):
-        repeated = 2 * (shape.hidden_size - shape.key_value_size) * element if run.masks_documents else 0
-        return STATISTIC_BYTES * shape.num_attention_heads + repeated
+        has_mask = run.masks_documents or masks_window(run)
+        repeated = 2 * (shape.query_size - shape.key_value_size) * element if has_mask else 0
+        # transformers' mask of a window is one of truth values, of which torch makes one to add in every block
+        added = element * run.sequence_length if masks_window(run) else 0
+        return STATISTIC_BYTES * shape.num_attention_heads + repeated + added
     rows = shape.num_attention_heads * run.sequence_length
     if kernel == "eager":
         # the softmax; dropout's mask and product
         return rows * (element + ((element if device == "cpu" else 1) + element if run.dropout else 0))
     # in fp32, with key and value repeated for every query head; the softmax, and dropout's mask and product
-    inputs = 4 * 3 * shape.hidden_size - element * (shape.hidden_size + 2 * shape.key_value_size)
+    inputs = 4 * 3 * shape.query_size - element * (shape.query_size + 2 * shape.key_value_size)
     return rows * 4 * (3 if run.dropout else 1) + inputs
 
 
@@ -62,9 +71,9 @@ def attention_peak_bytes_per_token(run: Workload, device: Device) -> int:
     kernel, element = attention_kernel(run, device), run.element_bytes
     rows = run.shape.num_attention_heads * run.sequence_length
     if kernel == "eager":
-        return 3 * rows * element + 6 * run.shape.hidden_size * element
+        return 3 * rows * element + 2 * (run.shape.hidden_size + 2 * run.shape.query_size) * element
     if kernel == "math":
-        return (4 if run.dropout else 3) * rows * 4 + (3 * element + 4 * 5) * run.shape.hidden_size
+        return (4 if run.dropout else 3) * rows * 4 + (3 * element + 4 * 5) * run.shape.query_size
     return 0
 
 
@@ -79,20 +88,16 @@ def shared_bytes_per_token(run: Workload, device: Device) -> int:
     has_mask = run.masks_documents or kernel == "eager"
     is_kept = kernel in ("flash", "efficient") or run.num_checkpointed > 0
     mask = round_up(run.sequence_length, MASK_ROW_MULTIPLE) if has_mask and is_kept else 0
-    rotary = 2 * _head_width(run) if run.masks_documents and run.shape.family == "llama" else 0
+    rotary = 2 * run.shape.head_size if run.masks_documents and run.shape.style == "llama" else 0
     return run.element_bytes * (mask + rotary)
 
 
 def _padding_bytes_per_token(run: Workload) -> int:
     """Heads whose width is no multiple of 8 are padded: query, key, value and the output, and beside the latter a copy
     without padding."""
-    width = _head_width(run)
+    width = run.shape.head_size
     padded = round_up(width, FLASH_WIDTH_MULTIPLE)
     if padded == width:
         return 0
     queries, keys = run.shape.num_attention_heads, run.shape.num_key_value_heads
     return run.element_bytes * ((queries + 2 * keys) * (padded - width) + queries * padded)
-
-
-def _head_width(run: Workload) -> int:
-    return run.shape.hidden_size // run.shape.num_attention_heads

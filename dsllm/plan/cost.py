@@ -238,7 +238,7 @@ def petaflop_s_days(run: Workload) -> float:
 
 
 def compute_optimal_tokens(run: Workload) -> int:
-    return TOKENS_PER_PARAMETER * run.shape.parameters
+    return TOKENS_PER_PARAMETER * run.shape.active_parameters
 
 
 def checkpoint_bytes(run: Workload) -> int:

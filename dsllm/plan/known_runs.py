@@ -72,6 +72,7 @@ def shape(
         hidden_size=width,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads or heads,
+        head_size=width // heads,
         intermediate_size=intermediate_size or 4 * width,
         max_position_embeddings=positions,
         vocab_size=vocab_size,

@@ -69,6 +69,8 @@ class MemoryEstimate:
     """The predicted peak of a rank, and where it comes from."""
 
     parameters: int
+    active_parameters: int
+    """Those that a token meets."""
     allocated_parameters: int
     zero_stage: int
     world_size: int
@@ -116,6 +118,7 @@ class MemoryEstimate:
         devices = [gpu for gpu in known or catalogue() if gpu.is_cpu == (self.device == "cpu")]
         return {
             "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
             "allocated_parameters": self.allocated_parameters,
             "zero_stage": self.zero_stage,
             "world_size": self.world_size,
@@ -159,6 +162,7 @@ def estimate_memory(
     held = moments(layout)
     tensors = MemoryEstimate(
         parameters=parameters or run.shape.parameters,
+        active_parameters=parameters or run.shape.active_parameters,
         allocated_parameters=layout.parameters,
         zero_stage=run.zero.stage,
         world_size=world_size,

@@ -6,10 +6,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from dsllm.errors import UserError
+from dsllm.plan.config_sizes import config_sizes
+from dsllm.spec.derived import experts, written_config
 from dsllm.units import round_up
 
 if TYPE_CHECKING:
-    from dsllm.spec.sections import Model, Spec
+    from dsllm.spec.sections import AutoModel, Model, Spec
+
+Style = Literal["gpt2", "llama"]
+"""How a block is made: layer norms, biases, learned positions and two feed-forward matrices; or RMS norms, rotary
+positions and a gated feed-forward layer of three."""
 
 
 class Tensor(NamedTuple):
@@ -21,32 +28,60 @@ class Tensor(NamedTuple):
     """Whether it is Muon's, which is a group of its own."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Everything about a network that decides how many numbers it holds."""
+    """Everything about a network that decides how many numbers it holds, and what a token costs."""
 
-    family: Literal["gpt2", "llama"]
+    family: str
+    """The model type, as Hugging Face has it."""
     num_layers: int
     hidden_size: int
     num_attention_heads: int
     num_key_value_heads: int
+    head_size: int
+    """Width of a head."""
     intermediate_size: int
+    """Width of the feed-forward layer; of one expert where there are several."""
     max_position_embeddings: int
     vocab_size: int
     """Tokens that the tokenizer can produce."""
     padded_vocab_size: int
     """Rows of the embedding and of the output projection."""
     tie_word_embeddings: bool
+    has_query_biases: bool = False
+    """Whether query, key and value projections have biases where the others have none (qwen2)."""
+    norms_queries: bool = False
+    """Whether queries and keys pass a norm of their own, a head at a time (qwen3)."""
+    num_experts: int = 0
+    """Feed-forward layers to choose among; 0 where all tokens take the same one."""
+    num_experts_per_token: int = 0
+    sliding_window: int | None = None
+    """Tokens that attention looks back at most."""
+
+    @property
+    def style(self) -> Style:
+        return "gpt2" if self.family == "gpt2" else "llama"
+
+    @property
+    def query_size(self) -> int:
+        """Width of the queries of a token, all heads together."""
+        return self.num_attention_heads * self.head_size
 
     @property
     def key_value_size(self) -> int:
         """Width of the keys, and of the values, of a token."""
-        return self.hidden_size // self.num_attention_heads * self.num_key_value_heads
+        return self.num_key_value_heads * self.head_size
 
     @property
     def parameters(self) -> int:
         """Parameters of the model proper, without the padding of the vocabulary: what a paper would state."""
         return self._total(self.vocab_size)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those of `parameters` that a token meets: all but the experts that it does not take."""
+        passed_over = self.num_experts - self.num_experts_per_token
+        return self.parameters - self.num_layers * passed_over * self.expert_parameters
 
     @property
     def allocated_parameters(self) -> int:
@@ -61,32 +96,32 @@ class ModelShape:
     @property
     def position_parameters(self) -> int:
         """Learned positions; rotary ones have no parameters."""
-        return self.max_position_embeddings * self.hidden_size if self.family == "gpt2" else 0
+        return self.max_position_embeddings * self.hidden_size if self.style == "gpt2" else 0
 
     @property
     def norm_parameters(self) -> int:
         """One norm: weight and bias of a layer norm, or weight of an RMS norm."""
-        return self.hidden_size * (2 if self.family == "gpt2" else 1)
+        return self.hidden_size * (2 if self.style == "gpt2" else 1)
 
     @property
-    def attention_parameters(self) -> int:
-        """Query, key, value and output projections of a block; with biases in gpt2."""
-        query_and_output = 2 * self.hidden_size**2
-        key_and_value = 2 * self.hidden_size * self.key_value_size
-        biases = 4 * self.hidden_size if self.family == "gpt2" else 0
-        return query_and_output + key_and_value + biases
+    def expert_parameters(self) -> int:
+        """Matrices of one feed-forward layer: up and down; or gate, up and down."""
+        return (2 if self.style == "gpt2" else 3) * self.hidden_size * self.intermediate_size
 
     @property
-    def feed_forward_parameters(self) -> int:
-        """Up and down projections with biases in gpt2; gate, up and down projections in llama."""
-        if self.family == "gpt2":
-            return 2 * self.hidden_size * self.intermediate_size + self.intermediate_size + self.hidden_size
-        return 3 * self.hidden_size * self.intermediate_size
+    def router_parameters(self) -> int:
+        """Of the matrix that chooses experts, in each block."""
+        return self.num_experts * self.hidden_size
 
     @property
     def parameters_per_layer(self) -> int:
         """One transformer block."""
-        return self.attention_parameters + self.feed_forward_parameters + 2 * self.norm_parameters
+        return sum(tensor.elements for tensor in self.block_tensors)
+
+    @cached_property
+    def block_tensors(self) -> tuple[Tensor, ...]:
+        """The parameters of one block, in the order of transformers' modules."""
+        return tuple(_gpt2_block(self) if self.style == "gpt2" else _llama_block(self))
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -94,8 +129,7 @@ class ModelShape:
         embedding = Tensor(self.embedding_parameters, True)
         positions = [Tensor(self.position_parameters, True)] if self.position_parameters else []
         head = [] if self.tie_word_embeddings else [embedding]
-        block = _gpt2_block(self) if self.family == "gpt2" else _llama_block(self)
-        return (embedding, *positions, *block * self.num_layers, *_norm(self), *head)
+        return (embedding, *positions, *self.block_tensors * self.num_layers, *_norm(self), *head)
 
     def _total(self, vocabulary_rows: int) -> int:
         vocabulary_matrices = 1 if self.tie_word_embeddings else 2
@@ -114,9 +148,23 @@ def _gpt2_block(shape: ModelShape) -> list[Tensor]:
 
 
 def _llama_block(shape: ModelShape) -> list[Tensor]:
-    hidden, key_value, inner = shape.hidden_size, shape.key_value_size, shape.intermediate_size
-    attention = [Tensor(hidden * width, True) for width in (hidden, key_value, key_value, hidden)]
-    return [*attention, *[Tensor(hidden * inner, True)] * 3, *_norm(shape), *_norm(shape)]
+    hidden, query, key_value = shape.hidden_size, shape.query_size, shape.key_value_size
+    linear = _linear if shape.has_query_biases else _matrix
+    inputs = [*linear(hidden, query), *linear(hidden, key_value), *linear(hidden, key_value)]
+    norms = [Tensor(shape.head_size, False)] * (2 if shape.norms_queries else 0)
+    return [*inputs, *_matrix(query, hidden), *norms, *_gated_feed_forward(shape), *_norm(shape), *_norm(shape)]
+
+
+def _gated_feed_forward(shape: ModelShape) -> list[Tensor]:
+    """Gate, up and down; with experts the router, the gates and ups of all experts as one tensor, and the downs."""
+    hidden, inner, experts = shape.hidden_size, shape.intermediate_size, shape.num_experts
+    if not experts:
+        return _matrix(hidden, inner) * 3
+    return [*_matrix(experts, hidden), *_matrix(experts * 2 * inner, hidden), *_matrix(experts * inner, hidden)]
+
+
+def _matrix(rows: int, columns: int) -> list[Tensor]:
+    return [Tensor(rows * columns, True)]
 
 
 def _linear(rows: int, columns: int) -> list[Tensor]:
@@ -129,24 +177,53 @@ def _norm(shape: ModelShape) -> list[Tensor]:
 
 
 def model_shape(spec: Spec) -> ModelShape:
-    """The sizes of a spec's network, absent fields filled in."""
+    """The sizes of a spec's network, absent fields filled in.
+
+    Raises UserError for an automatic family whose sizes no formula has: model/shapes.py traces it.
+    """
     model = spec.model
+    padded_vocab_size = round_up(spec.vocab_size, model.vocab_padding_multiple)
+    if model.family == "auto":
+        sizes = config_sizes(written_config(model))
+        if sizes is None:
+            raise UserError(
+                f"model.config: {_named(model)}, whose sizes no formula here has: they are traced, which needs torch; "
+                "pip install 'dsllm[train]'"
+            )
+        return ModelShape(**sizes, vocab_size=spec.vocab_size, padded_vocab_size=padded_vocab_size)
+    num_experts, num_experts_per_token = experts(model)
     return ModelShape(
         family=model.family,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_key_value_heads=model.num_key_value_heads or model.num_attention_heads,
+        head_size=model.head_size or model.hidden_size // model.num_attention_heads,
         intermediate_size=intermediate_size(model),
         max_position_embeddings=model.max_position_embeddings,
         vocab_size=spec.vocab_size,
-        padded_vocab_size=round_up(spec.vocab_size, model.vocab_padding_multiple),
+        padded_vocab_size=padded_vocab_size,
         tie_word_embeddings=model.tie_word_embeddings,
+        has_query_biases=model.family == "qwen2",
+        norms_queries=model.family == "qwen3",
+        num_experts=num_experts,
+        num_experts_per_token=num_experts_per_token,
+        sliding_window=model.sliding_window,
     )
 
 
+def _named(model: AutoModel) -> str:
+    config = written_config(model)
+    return f"model type {config.get('model_type')}" if config else f"given {model.config!r}, no folder here"
+
+
+def has_formula(spec: Spec) -> bool:
+    """Whether `model_shape` knows the sizes of the network."""
+    return spec.model.family != "auto" or config_sizes(written_config(spec.model)) is not None
+
+
 def intermediate_size(model: Model) -> int:
-    """Width of the feed-forward layer: 4 x hidden for gpt2, 8/3 x hidden rounded up to 128 for llama, unless given.
+    """Width of the feed-forward layer: 4 x hidden for gpt2, else 8/3 x hidden rounded up to 128, unless given.
 
     8/3 keeps three matrices at the size of two of 4 x hidden (SwiGLU, arXiv:2002.05202).
     """
@@ -158,8 +235,9 @@ def intermediate_size(model: Model) -> int:
 def flops_per_token(shape: ModelShape, sequence_length: int) -> int:
     """Floating-point operations of forward and backward for a token: 6N + 12 x layers x width x sequence.
 
-    N is every parameter of the model proper (PaLM, arXiv:2204.02311, appendix B). The attention term counts whole
-    rows, as the published utilisations do, though half of them are masked; work repeated by activation checkpointing
-    is not counted.
+    N is every parameter of the model proper that a token meets (PaLM, arXiv:2204.02311, appendix B), and the width that
+    of the queries. The attention term counts whole rows, or those of the sliding window, as the published utilisations
+    do, though half of them are masked; work repeated by activation checkpointing is not counted.
     """
-    return 6 * shape.parameters + 12 * shape.num_layers * shape.hidden_size * sequence_length
+    row = min(sequence_length, shape.sliding_window or sequence_length)
+    return 6 * shape.active_parameters + 12 * shape.num_layers * shape.query_size * row

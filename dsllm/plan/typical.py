@@ -32,6 +32,7 @@ def typical_workload(parameters: int) -> Workload:
         hidden_size=width,
         num_attention_heads=width // HEAD_SIZE,
         num_key_value_heads=width // HEAD_SIZE,
+        head_size=HEAD_SIZE,
         intermediate_size=4 * width,
         max_position_embeddings=SEQUENCE_LENGTH,
         vocab_size=VOCAB_SIZE,

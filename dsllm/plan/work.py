@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsllm.plan.activations import CHUNK_LOGITS_BYTES
-from dsllm.plan.model_shape import ModelShape
+from dsllm.plan.model_shape import ModelShape, Style
 from dsllm.plan.muon import orthogonalisation_flops
 from dsllm.plan.workload import ELEMENT_BYTES, Workload
 
@@ -31,7 +31,7 @@ class BlockCosts:
     """Of Python and launches in forward and backward, for each micro-step."""
 
 
-BLOCKS: dict[tuple[str, Kernels], BlockCosts] = {
+BLOCKS: dict[tuple[Style, Kernels], BlockCosts] = {
     # transformers 5.23 with torch 2.13, every dispatched operator counted; seconds measured with tensors so small that
     # nothing else takes any, on one core of a cloud CPU
     ("gpt2", "eager"): BlockCosts(20, 4, 46, 8, 1.2e-3),
@@ -107,14 +107,14 @@ def micro_step_work(run: Workload, micro_batch_size: int, kernels: Kernels) -> W
     tokens = micro_batch_size * run.sequence_length
     blocks = forward.plus(backward).times(run.shape.num_layers).plus(forward.times(again)).times(tokens)
     launched = run.shape.num_layers + again / 3
-    host = launched * BLOCKS[run.shape.family, kernels].host_seconds
+    host = launched * BLOCKS[run.shape.style, kernels].host_seconds
     host += run.shape.num_layers * HOOK_SECONDS[run.zero.stage]
     return blocks.plus(Work(host_seconds=host)).plus(head_work(run, tokens)).plus(gradient_work(run))
 
 
 def block_work(run: Workload, kernels: Kernels) -> tuple[Work, Work]:
     """Forward and backward of a block on the GPU, for each token."""
-    shape, costs, element = run.shape, BLOCKS[run.shape.family, kernels], run.element_bytes
+    shape, costs, element = run.shape, BLOCKS[run.shape.style, kernels], run.element_bytes
     weights = matmul_parameters(shape)
     outputs, inputs = _matmul_widths(shape)
     forward_attention, backward_attention, row_bytes = _attention(run)
@@ -132,7 +132,7 @@ def block_work(run: Workload, kernels: Kernels) -> tuple[Work, Work]:
 def matmul_parameters(shape: ModelShape) -> int:
     """Parameters of a block that take part in matrix products: all but norms and biases."""
     attention = 2 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.key_value_size
-    matrices = 2 if shape.family == "gpt2" else 3
+    matrices = 2 if shape.style == "gpt2" else 3
     return attention + matrices * shape.hidden_size * shape.intermediate_size
 
 
@@ -143,7 +143,7 @@ def _matmul_widths(shape: ModelShape) -> tuple[int, int]:
     efficient, the more so the faster a GPU computes for its memory.
     """
     h, i, kv = shape.hidden_size, shape.intermediate_size, shape.key_value_size
-    if shape.family == "gpt2":
+    if shape.style == "gpt2":
         return 5 * h + i, 3 * h + i
     return 3 * h + 2 * kv + 2 * i, 6 * h + i
 

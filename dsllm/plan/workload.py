@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from dsllm.plan.model_shape import ModelShape, model_shape
+from dsllm.spec.derived import dropout
 
 if TYPE_CHECKING:
     from dsllm.spec.sections import Spec
@@ -139,13 +140,14 @@ class Workload:
         return replace(run, zero=replace(zero, reduce_bucket_elements=None, overlap_comm=overlap))
 
 
-def workload(spec: Spec, loss: LossImplementation | None = None) -> Workload:
-    """The workload of a spec. `loss` is what `auto` comes to on the device at hand: chunked where none is."""
+def workload(spec: Spec, loss: LossImplementation | None = None, shape: ModelShape | None = None) -> Workload:
+    """The workload of a spec. `loss` is what `auto` comes to on the device at hand: chunked where none is; `shape` that
+    of a network whose sizes no formula has."""
     training = spec.training
     implementation: LossImplementation = "chunked" if training.loss == "auto" else training.loss
     micro = spec.batch.micro_batch_size
     return Workload(
-        shape=model_shape(spec),
+        shape=shape or model_shape(spec),
         sequence_length=spec.batch.sequence_length,
         global_batch_size=spec.batch.global_batch_size,
         micro_batch_size=None if micro == "auto" else micro,
@@ -155,7 +157,7 @@ def workload(spec: Spec, loss: LossImplementation | None = None) -> Workload:
         activation_checkpointing=training.activation_checkpointing,
         loss=loss or implementation,
         attention=spec.model.attention,
-        dropout=spec.model.dropout,
+        dropout=dropout(spec.model),
         masks_documents=spec.data.mask_documents,
         optimizer=spec.optimizer.name,
         zero=ZeroSettings(**spec.zero.model_dump(exclude={"nvme_path"})),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from itertools import chain, count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsllm.spec.sections import Data, Model, Source, Spec, Tokenizer, Training
+    from dsllm.spec.sections import AnyModel, AutoModel, Data, Model, Source, Spec, Tokenizer, Training
 
 PRETRAINED_VOCAB_SIZES = {"gpt2": 50257}
 """Token counts of well-known pretrained tokenizers, so that predictions need no download."""
@@ -30,9 +30,62 @@ def tokenizer_vocab_size(tokenizer: Tokenizer) -> int | None:
     return tokenizer.vocab_size
 
 
-def vocab_size(model: Model, tokenizer: Tokenizer) -> int | None:
+def vocab_size(model: AnyModel, tokenizer: Tokenizer) -> int | None:
     """Tokens that the model knows, before padding; None where neither section tells."""
-    return model.vocab_size or tokenizer_vocab_size(tokenizer)
+    size = model.vocab_size or tokenizer_vocab_size(tokenizer)
+    if size is None and model.family == "auto":
+        return written_config(model).get("vocab_size")
+    return size
+
+
+NUM_EXPERTS, NUM_EXPERTS_PER_TOKEN = 8, 2
+"""Mixtral's own (arXiv:2401.04088), where the spec leaves them out."""
+
+
+def experts(model: Model) -> tuple[int, int]:
+    """Feed-forward layers of a block to choose among, and how many of them a token takes; 0 in a dense family."""
+    if model.family != "mixtral":
+        return 0, 0
+    return model.num_experts or NUM_EXPERTS, model.num_experts_per_token or NUM_EXPERTS_PER_TOKEN
+
+
+def written_config(model: AutoModel) -> dict[str, Any]:
+    """The keys of an automatic model's configuration; none where it has yet to be read from a folder or the Hub."""
+    return model.config if isinstance(model.config, dict) else {}
+
+
+def config_source(model: AutoModel) -> tuple[str, str | None]:
+    """The folder or Hub name that an automatic model's configuration is read from, and the revision there."""
+    if isinstance(model.config, str):
+        return model.config, None
+    assert model.init.kind == "pretrained", "the rules refuse a model without a configuration"
+    return model.init.name, model.init.revision
+
+
+def dropout(model: AnyModel) -> float:
+    """Of residuals and attention in training."""
+    if model.family != "auto":
+        return model.dropout
+    config = written_config(model)
+    # GPT-2's name of it, and its default; the newer families have none
+    rate: float = config.get("resid_pdrop", 0.1 if config.get("model_type") == "gpt2" else 0.0)
+    return rate
+
+
+def initializer_range(model: AnyModel) -> float:
+    """Standard deviation of the initial weights."""
+    if model.family != "auto":
+        return model.initializer_range
+    deviation: float = written_config(model).get("initializer_range", 0.02)  # transformers' own default
+    return deviation
+
+
+def max_positions(model: AnyModel) -> int | None:
+    """Tokens that the model reads at most; None where its configuration does not tell."""
+    if model.family != "auto":
+        return model.max_position_embeddings
+    config = written_config(model)
+    return config.get("max_position_embeddings") or config.get("n_positions")  # the latter is GPT-2's name
 
 
 def train_steps(training: Training, tokens_per_step: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dsllm.errors import SpecError, UserError
+from dsllm.spec.config_file import with_written_config
 from dsllm.spec.rules import broken_rules
 from dsllm.spec.sections import Spec
 from dsllm.spec.yaml_text import dump_yaml, read_document
@@ -22,17 +23,19 @@ def preset_names() -> list[str]:
 
 
 def load_spec(name_or_path: str, overrides: Sequence[str] = ()) -> Spec:
-    """The spec in a YAML or JSON file, or a preset, with `section.key=value` overrides applied in order.
+    """The spec in a YAML or JSON file, or a preset, with `section.key=value` overrides applied in order; and with what
+    is in the config.json of an automatic model, which overrides may reach into.
 
     Raises UserError for a file that is missing or unreadable, and SpecError with every problem of its content.
     """
     path = find_spec(name_or_path)
-    document = _mapping(read_document(path, name_or_path), name_or_path)
+    document = with_written_config(_mapping(read_document(path, name_or_path), name_or_path))
     problems: list[str] = []
     if overrides:
         from dsllm.spec.overrides import apply_overrides  # builds the schema, which plain loading does not need
 
         document, problems = apply_overrides(document, overrides)
+        document = with_written_config(document)
     return _validate(document, name_or_path, problems)
 
 

@@ -11,10 +11,31 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from dsllm.spec.derived import PRETRAINED_VOCAB_SIZES, source_labels, tokenizer_vocab_size, train_steps, vocab_size
+from dsllm.errors import UserError
+from dsllm.spec.derived import (
+    PRETRAINED_VOCAB_SIZES,
+    experts,
+    max_positions,
+    source_labels,
+    tokenizer_vocab_size,
+    train_steps,
+    vocab_size,
+)
+from dsllm.spec.layers import layer_numbers, parse_layers
 
 if TYPE_CHECKING:
-    from dsllm.spec.sections import Batch, Data, Launch, Model, Optimizer, Schedule, Section, Tokenizer, Training, Zero
+    from dsllm.spec.sections import (
+        AnyModel,
+        Batch,
+        Data,
+        Launch,
+        Optimizer,
+        Schedule,
+        Section,
+        Tokenizer,
+        Training,
+        Zero,
+    )
 
 Rule = Callable[..., Iterator[str]]
 
@@ -47,7 +68,9 @@ def _differs_from_default(section: Section, field: str) -> bool:
 
 
 @rule
-def heads_divide_the_width(model: Model) -> Iterator[str]:
+def heads_divide_the_width(model: AnyModel) -> Iterator[str]:
+    if model.family == "auto" or (model.head_size is not None and "head_size" in FAMILY_FIELDS[model.family]):
+        return
     width, heads = model.hidden_size, model.num_attention_heads
     if width % heads:
         yield (
@@ -55,7 +78,7 @@ def heads_divide_the_width(model: Model) -> Iterator[str]:
             f"try num_attention_heads {_nearest_divisor(width, heads)}, or "
             f"hidden_size {_nearest_multiple(width, heads)}"
         )
-    elif model.family == "llama" and (width // heads) % 2:
+    elif model.family != "gpt2" and (width // heads) % 2:
         yield (
             f"model.num_attention_heads: given {heads} with hidden_size {width}, which is {width // heads} a head; "
             f"rotary positions need an even number; change either"
@@ -63,20 +86,48 @@ def heads_divide_the_width(model: Model) -> Iterator[str]:
 
 
 @rule
-def key_value_heads_divide_the_heads(model: Model) -> Iterator[str]:
+def head_size_is_even(model: AnyModel) -> Iterator[str]:
+    if model.family == "auto" or model.head_size is None or "head_size" not in FAMILY_FIELDS[model.family]:
+        return
+    if model.head_size % 2:
+        yield (
+            f"model.head_size: given {model.head_size}; rotary positions need an even number; try {model.head_size + 1}"
+        )
+
+
+@rule
+def key_value_heads_divide_the_heads(model: AnyModel) -> Iterator[str]:
+    if model.family == "auto" or model.family == "gpt2":
+        return
     heads, groups = model.num_attention_heads, model.num_key_value_heads
-    if model.family == "llama" and groups is not None and heads % groups:
+    if groups is not None and heads % groups:
         yield (
             f"model.num_key_value_heads: given {groups} with num_attention_heads {heads}; the former must divide the "
             f"latter; try {_nearest_divisor(heads, groups)}"
         )
 
 
+_ROTARY = ("num_key_value_heads", "rope_theta")
+_EXPERTS = ("num_experts", "num_experts_per_token", "balance_loss_weight")
+
+FAMILY_FIELDS: dict[str, tuple[str, ...]] = {
+    "gpt2": ("dropout",),
+    "llama": (*_ROTARY, "head_size"),
+    "mistral": (*_ROTARY, "head_size", "sliding_window"),
+    "qwen2": _ROTARY,
+    "qwen3": (*_ROTARY, "head_size"),
+    "mixtral": (*_ROTARY, "head_size", "sliding_window", *_EXPERTS),
+}
+"""Of the fields that not every family has, those of each."""
+
+
 @rule
-def fields_belong_to_the_family(model: Model) -> Iterator[str]:
-    foreign = {"gpt2": ("num_key_value_heads", "rope_theta"), "llama": ("dropout",)}[model.family]
-    for field in foreign:
-        if _differs_from_default(model, field):
+def fields_belong_to_the_family(model: AnyModel) -> Iterator[str]:
+    if model.family == "auto":
+        return
+    special = dict.fromkeys(field for fields in FAMILY_FIELDS.values() for field in fields)
+    for field in special:
+        if field not in FAMILY_FIELDS[model.family] and _differs_from_default(model, field):
             yield (
                 f"model.{field}: given {getattr(model, field)} with family {model.family}, which has no such thing; "
                 f"remove it, or choose another family"
@@ -84,9 +135,59 @@ def fields_belong_to_the_family(model: Model) -> Iterator[str]:
 
 
 @rule
-def model_holds_the_vocabulary(model: Model, tokenizer: Tokenizer) -> Iterator[str]:
+def automatic_model_has_a_config(model: AnyModel) -> Iterator[str]:
+    if model.family != "auto":
+        return
+    if model.config is None and model.init.kind == "scratch":
+        yield (
+            "model.config: missing, and model.init is scratch, which has none; give a folder that has a config.json, a "
+            "name on the Hub, or the keys themselves"
+        )
+    elif isinstance(model.config, dict) and not isinstance(model.config.get("model_type"), str):
+        yield (
+            "model.config.model_type: missing; it says which of transformers' models the other keys describe; give it, "
+            "for example llama"
+        )
+
+
+@rule
+def experts_are_enough_to_choose_among(model: AnyModel) -> Iterator[str]:
+    if model.family != "mixtral":
+        return
+    num_experts, chosen = experts(model)
+    if chosen > num_experts:
+        yield (
+            f"model.num_experts_per_token: given {chosen} with num_experts {num_experts}; a token cannot take more "
+            f"experts than there are; lower it to {num_experts} or less, or raise num_experts"
+        )
+    elif chosen == 1:
+        # transformers scales the chosen experts' weights to a sum of 1: a single one's is 1 whatever the router finds
+        yield (
+            "model.num_experts_per_token: given 1; the chosen experts share a weight of 1, and the router of a single "
+            "one would learn nothing; give 2 or more"
+        )
+
+
+@rule
+def experts_have_aligned_rows(model: AnyModel, training: Training) -> Iterator[str]:
+    # torch's grouped_mm, which multiplies all experts at once: "strides should be multiple of 16 bytes"
+    if model.family != "mixtral":
+        return
+    multiple = 4 if training.precision == "fp32" else 8
+    for field in ("hidden_size", "intermediate_size"):
+        width = getattr(model, field)
+        if width is not None and width % multiple:
+            yield (
+                f"model.{field}: given {width} with precision {training.precision}; experts are multiplied together, "
+                f"for which it must be a multiple of {multiple}; try {_nearest_multiple(width, multiple)}"
+            )
+
+
+@rule
+def model_holds_the_vocabulary(model: AnyModel, tokenizer: Tokenizer) -> Iterator[str]:
     size = tokenizer_vocab_size(tokenizer)
-    if vocab_size(model, tokenizer) is None:
+    is_still_to_read = model.family == "auto" and not isinstance(model.config, dict)
+    if vocab_size(model, tokenizer) is None and not is_still_to_read:
         known = ", ".join(sorted(PRETRAINED_VOCAB_SIZES))
         yield (
             f"model.vocab_size: missing, and the size of this pretrained tokenizer is only known from its files (known "
@@ -96,6 +197,23 @@ def model_holds_the_vocabulary(model: Model, tokenizer: Tokenizer) -> Iterator[s
         yield (
             f"model.vocab_size: given {model.vocab_size}; the tokenizer has {size} tokens and the model must know them "
             f"all; set it to {size} or more, or remove it"
+        )
+
+
+@rule
+def listed_layers_are_the_models(model: AnyModel) -> Iterator[str]:
+    layers = model.init.layers if model.init.kind == "pretrained" else None
+    if layers is None:
+        return
+    try:
+        count = len(layer_numbers(parse_layers(layers, "model.init.layers")))
+    except UserError as error:
+        yield str(error)
+        return
+    if model.family != "auto" and model.num_layers != count:
+        yield (
+            f"model.num_layers: given {model.num_layers}; model.init.layers lists {count} layers, '{layers}'; set "
+            f"model.num_layers to {count}, or list others"
         )
 
 
@@ -141,11 +259,12 @@ def something_is_validated_on(data: Data) -> Iterator[str]:
 
 
 @rule
-def sequence_fits_the_positions(model: Model, batch: Batch) -> Iterator[str]:
-    if batch.sequence_length > model.max_position_embeddings:
+def sequence_fits_the_positions(model: AnyModel, batch: Batch) -> Iterator[str]:
+    limit = max_positions(model)
+    if limit is not None and batch.sequence_length > limit:
         yield (
             f"batch.sequence_length: given {batch.sequence_length}; the model reads at most "
-            f"model.max_position_embeddings = {model.max_position_embeddings}; shorten the one or raise the other"
+            f"model.max_position_embeddings = {limit}; shorten the one or raise the other"
         )
 
 
@@ -273,7 +392,7 @@ def host_steps_by_deepspeeds_adam(optimizer: Optimizer, zero: Zero) -> Iterator[
 
 
 @rule
-def family_has_liger_kernels(model: Model, training: Training) -> Iterator[str]:
+def family_has_liger_kernels(model: AnyModel, training: Training) -> Iterator[str]:
     if training.kernels == "liger" and model.family == "gpt2":
         yield (
             "training.kernels: given liger with family gpt2, for which liger-kernel has none; set it to auto or torch"

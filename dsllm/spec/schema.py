@@ -40,6 +40,8 @@ def children(node: Node, key: str | int) -> list[Node]:
     for variant in variants(node):
         if isinstance(key, str) and key in variant.get("properties", {}):
             found.append(variant["properties"][key])
+        elif isinstance(key, str) and variant.get("additionalProperties") is True:
+            found.append({})
         if isinstance(key, int) and "items" in variant:
             found.append(variant["items"])
         if isinstance(key, int) and key < len(variant.get("prefixItems", ())):

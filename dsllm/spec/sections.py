@@ -29,7 +29,6 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 OffloadDevice = Literal["none", "cpu", "nvme"]
 Precision = Literal["bf16", "fp16", "fp32"]
 LABEL_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-LAYERS_PATTERN = r"^\d+(-\d+)?(,\d+(-\d+)?)*$"
 
 
 class Section(BaseModel):
@@ -60,9 +59,9 @@ class Pretrained(Section):
     """A Hugging Face folder, such as `dsllm export` and `dsllm grow` write, or a name on the Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
-    layers: Annotated[str, Field(pattern=LAYERS_PATTERN)] | None = None
-    """Which of its layers, counted from 0, become those of the model, in order: `0-7,4-11` makes 16 of 12 (depth
-    up-scaling), `0-4,7-11` makes 10. All when absent."""
+    layers: str | None = None
+    """Which of its layers, counted from 0, become those of the model, in order: "0-7,4-11" makes 16 of 12 (depth
+    up-scaling), "0-4,7-11" makes 10. All when absent."""
 
 
 Init = Annotated[Scratch | Pretrained, Field(discriminator="kind")]
@@ -71,6 +70,8 @@ Init = Annotated[Scratch | Pretrained, Field(discriminator="kind")]
 class ModelSection(Section):
     """What every model has."""
 
+    family: str
+    """The architecture; each kind of model says which."""
     init: Init = Scratch()
     """The weights that training starts from."""
     vocab_size: PositiveInt | None = None
@@ -426,8 +427,8 @@ class HellaSwag(Section):
     """Which of four endings the model finds likeliest, asked of the items of a file."""
 
     path: str
-    """A JSONL file of HellaSwag's rows (`ctx_a`, `ctx_b`, `activity_label`, `endings`, `label`), or a dataset on the
-    Hub."""
+    """A JSONL file of HellaSwag's rows (`ctx_a`, `ctx_b`, `activity_label`, `endings`, `label`), or a dataset with a
+    validation split of them: a folder, or a name on the Hub such as `Rowan/hellaswag`."""
     items: PositiveInt | None = None
     """Items asked, the first of the file; all when absent."""
     interval: PositiveInt = 1000

@@ -32,6 +32,7 @@ def check_case(world: Any, overrides: list[str], fault: str | None = None) -> di
     from dsllm.engine.gates.weights import check_weights
     from dsllm.engine.requests import Requests
     from dsllm.engine.start import start_engine
+    from dsllm.model.shapes import shape_of
     from dsllm.spec.load import load_spec
 
     spec, counter = load_spec("quickstart", overrides), allocator("cpu")
@@ -42,7 +43,7 @@ def check_case(world: Any, overrides: list[str], fault: str | None = None) -> di
         checks = check_small_model(spec, world, Requests(), Activity())
         is_as_before = torch.equal(torch.get_rng_state(), random_state) and torch.nn.functional.linear is linear
         kept_bytes = counter.read().held_bytes - held_bytes if counter else 0
-        engine = start_engine(spec, build_ds_config(spec, world.size, "cpu"))
+        engine = start_engine(spec, build_ds_config(spec, world.size, "cpu", shape=shape_of(spec)))
         checks.append(check_weights(engine.module.causal_lm))
     engine.destroy()
     torch.nn.functional.linear = linear  # zero.Init has replaced it

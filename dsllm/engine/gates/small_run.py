@@ -23,8 +23,10 @@ from dsllm.engine.start import start_engine
 from dsllm.engine.trainer import set_learning_rate, train_step
 from dsllm.model.build import build_model, model_config
 from dsllm.model.gather import gathered
-from dsllm.plan.model_shape import model_shape
-from dsllm.spec.sections import Batch, BpeTokenizer, Model, Optimizer, Spec, Zero
+from dsllm.model.narrow import narrowed
+from dsllm.model.shapes import shape_of
+from dsllm.spec.derived import experts
+from dsllm.spec.sections import AnyModel, Batch, BpeTokenizer, Optimizer, Scratch, Spec, Zero
 
 VOCAB_SIZE = 300
 SEQUENCE_LENGTH = 32
@@ -57,7 +59,7 @@ def shrink(spec: Spec) -> Spec:
     )
     small = spec.model_copy(
         update={
-            "model": _narrow(spec.model),
+            "model": _narrow(spec),
             "tokenizer": BpeTokenizer(kind="bpe", vocab_size=VOCAB_SIZE),
             "training": training,
             "optimizer": Optimizer(
@@ -69,7 +71,7 @@ def shrink(spec: Spec) -> Spec:
             ),
         }
     )
-    return small.model_copy(update={"zero": _fitted(spec.zero, model_shape(small).allocated_parameters)})
+    return small.model_copy(update={"zero": _fitted(spec.zero, shape_of(small).allocated_parameters)})
 
 
 def at_stage(small: Spec, stage: int) -> Spec:
@@ -98,7 +100,7 @@ def small_engine(small: Spec, world_size: int, gradient_accumulation_steps: int 
         micro_batch_size=SEQUENCES // gradient_accumulation_steps,
     )
     small = small.model_copy(update={"batch": batch})
-    engine = start_engine(small, build_ds_config(small, world_size, ranks.device_type()))
+    engine = start_engine(small, build_ds_config(small, world_size, ranks.device_type(), shape=shape_of(small)))
     yield engine
     engine.destroy()
     torch.nn.functional.linear = linear
@@ -150,18 +152,29 @@ def release_engines() -> None:
     get_accelerator().empty_cache()
 
 
-def _narrow(model: Model) -> Model:
+def _narrow(spec: Spec) -> AnyModel:
+    model = spec.model
+    if model.family == "auto":
+        config = narrowed(model_config(spec), vocab_size=VOCAB_SIZE, positions=SEQUENCE_LENGTH)
+        written = {"config": config.to_dict(), "vocab_size": None, "vocab_padding_multiple": 128}
+        return model.model_copy(update={"init": Scratch(), **written})
     has_groups = model.num_key_value_heads not in (None, model.num_attention_heads)
+    num_experts, num_experts_per_token = experts(model)
     shape: dict[str, Any] = {
+        "init": Scratch(),
         "num_layers": 2,
         "hidden_size": 64,
         "num_attention_heads": 4,
         "num_key_value_heads": 2 if has_groups else None,
+        "head_size": None,
         "intermediate_size": None,
         "max_position_embeddings": SEQUENCE_LENGTH,
         "vocab_size": None,
         "vocab_padding_multiple": 128,
         "dropout": 0.0,
+        # half the window of the whole run, so that there is something to leave out
+        "sliding_window": None if model.sliding_window is None else SEQUENCE_LENGTH // 2,
+        "num_experts": min(num_experts, max(4, num_experts_per_token)) or None,
     }
     return model.model_copy(update=shape)
 

@@ -21,7 +21,7 @@ from dsllm.engine.gates.small_run import (
 from dsllm.engine.memory_meter import MemoryMeter
 from dsllm.engine.ranks import World
 from dsllm.engine.requests import Requests
-from dsllm.plan.model_shape import model_shape
+from dsllm.model.shapes import shape_of
 from dsllm.spec.sections import Precision, Spec
 
 COMPARED_STEPS = 3
@@ -67,7 +67,7 @@ def _checks(spec: Spec, world: World, requests: Requests, activity: Activity) ->
 
 def first_loss(loss: float, small: Spec) -> Check:
     """Whether a model that has learned nothing loses as much as it must."""
-    expected = untrained_loss(model_shape(small), small)
+    expected = untrained_loss(shape_of(small), small)
     return Check(
         name="first loss",
         passed=abs(loss - expected) <= FIRST_LOSS_TOLERANCE,

@@ -28,6 +28,7 @@ from dsllm.launch.hosts import ANSWER_SECONDS, Agent, HostError, Hosts, on_this_
 from dsllm.launch.launchers import TRAIN_SCRIPT
 from dsllm.launch.topology import is_this_machine
 from dsllm.plan.hardware import CPU
+from dsllm.plan.model_shape import ModelShape
 from dsllm.spec.derived import data_directory, remote_kind
 from dsllm.spec.sections import Spec
 
@@ -48,6 +49,8 @@ class Wanted:
 
     hosts: tuple[Host, ...]
     spec: Spec | None = None
+    shape: ModelShape | None = None
+    """Of its network, where no formula has it."""
     spec_file: Path | None = None
     """Where the spec is a file, rather than a preset: it has to be the same on every host."""
     run_dir: Path = Path("runs")
@@ -215,12 +218,12 @@ def _needs(wanted: Wanted, facts: Mapping[str, Facts], on_cpu: bool) -> Needs | 
         return None
     if on_cpu:
         sizes = [one.memory_bytes // host.slots for host in wanted.hosts if (one := facts.get(host.name)) is not None]
-        return predict(wanted.spec, wanted.world_size, "cpu", CPU, min(sizes)) if sizes else None
+        return predict(wanted.spec, wanted.world_size, "cpu", CPU, min(sizes), wanted.shape) if sizes else None
     gpus = [gpu for one in facts.values() for gpu in one.gpus]
     smallest = min(gpus, key=lambda gpu: gpu.memory_bytes, default=None)
     if smallest is None:
         return None
-    return predict(wanted.spec, wanted.world_size, "cuda", smallest.name, smallest.memory_bytes)
+    return predict(wanted.spec, wanted.world_size, "cuda", smallest.name, smallest.memory_bytes, wanted.shape)
 
 
 # Folders

@@ -8,6 +8,7 @@ from dsllm.launch.devices import calibration_file
 from dsllm.plan.calibration import read_constants
 from dsllm.plan.cost import checkpoint_bytes
 from dsllm.plan.memory import estimate_memory
+from dsllm.plan.model_shape import ModelShape
 from dsllm.plan.search import choose_micro_batch
 from dsllm.plan.workload import Device, workload
 from dsllm.spec.sections import Spec
@@ -27,12 +28,20 @@ class Needs:
     """Where to look for a change that takes less."""
 
 
-def predict(spec: Spec, world_size: int, device: Device, device_name: str, device_bytes: int) -> Needs:
-    """The needs of the spec on devices of that name, the smallest with `device_bytes` of memory in all.
+def predict(
+    spec: Spec,
+    world_size: int,
+    device: Device,
+    device_name: str,
+    device_bytes: int,
+    shape: ModelShape | None = None,
+) -> Needs:
+    """The needs of the spec on devices of that name, the smallest with `device_bytes` of memory in all; `shape` is that
+    of a network whose sizes no formula has.
 
     As the engine predicts them at the start. Raises UserError where the batch does not divide over the ranks.
     """
-    run = workload(spec)
+    run = workload(spec, shape=shape)
     constants = read_constants(calibration_file()).get(device_name)
     runtime_bytes = constants.runtime_bytes if constants else None
     reserved_ratio = (constants.reserved_ratio if constants else None) or 1.0

@@ -1,0 +1,98 @@
+"""An existing model, open for reading: its configuration, and its weights one parameter at a time."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from dsllm.errors import UserError
+from dsllm.model.build import build_model
+from dsllm.model.conversion import Conversion
+from dsllm.model.source_files import Tensors, first_line, weight_files
+
+
+class Source:
+    """A model in a Hugging Face folder. Nothing is read before it is asked for, and nothing is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError where configuration or weights are not there, damaged, or not of each other."""
+        self.folder = folder
+        self.config = read_config(folder)
+        self.skeleton = build_skeleton(self.config, str(folder))
+        self.files = weight_files(folder)
+        self.tensors = Tensors(self.files)
+        self.conversion = Conversion(self.skeleton, self.tensors.shapes)
+        self._other_name = _other_names(self.skeleton, self.conversion)
+        self._refuse_missing()
+        self._refuse_untied()
+
+    def shape(self, name: str) -> torch.Size | None:
+        """Of the parameter `name`; None where the source has no such parameter."""
+        return self.conversion.shapes.get(self._other_name.get(name, name))
+
+    def read(self, name: str) -> torch.Tensor:
+        """The parameter `name` in the type that it has on disk, on the CPU."""
+        return self.conversion.make(self._other_name.get(name, name), self.tensors.read)
+
+    def _refuse_missing(self) -> None:
+        names = [name for name, _ in self.skeleton.named_parameters()]
+        missing = [name for name in names if self.shape(name) is None]
+        if missing:
+            raise UserError(
+                f"{self.folder}: {len(missing)} of its model's {len(names)} weights are not in its files, first "
+                f"{missing[0]}; complete the folder, or take the model's whole one"
+            )
+
+    def _refuse_untied(self) -> None:
+        """Where the configuration ties two parameters, files may hold both: as one, or they are of another model."""
+        for one, other in self.skeleton.all_tied_weights_keys.items():
+            if one in self.conversion.shapes and other in self.conversion.shapes:
+                first, second = (self.conversion.make(name, self.tensors.read) for name in (one, other))
+                if not torch.equal(first, second):
+                    raise UserError(
+                        f"{self.folder}: its config.json ties {one} to {other}, and its files hold different weights "
+                        "for the two; set tie_word_embeddings to false in its config.json"
+                    )
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration in a folder. Raises UserError for one that transformers does not know, or that is quantised."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of many kinds: damaged JSON, a type it does not know, code that would have to run
+        raise UserError(
+            f"{folder}: transformers cannot read its config.json ({first_line(error)}); give a model of a type that "
+            "this version of transformers has"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"{folder}: its weights are quantised, which cannot be trained on; give the model in bf16 or fp32"
+        )
+    return config
+
+
+def build_skeleton(config: PretrainedConfig, name: str) -> PreTrainedModel:
+    """The model of a configuration without memory: names and shapes alone. Raises UserError where it is no causal
+    language model, or keeps state that training would not update."""
+    try:
+        with torch.device("meta"):
+            skeleton = build_model(deepcopy(config), torch.float32)  # which writes the type into its configuration
+    except ValueError as error:
+        raise UserError(f"{name}: no causal language model ({first_line(error)}); give one") from error
+    buffers = skeleton.state_dict().keys() - dict(skeleton.named_parameters(remove_duplicate=False)).keys()
+    if buffers:
+        raise UserError(
+            f"{name}: its models keep state beside their weights, {sorted(buffers)[0]}, which dsllm does not train; "
+            "choose another family"
+        )
+    return skeleton
+
+
+def _other_names(skeleton: PreTrainedModel, conversion: Conversion) -> dict[str, str]:
+    """For each tied parameter that files hold by the name of its twin alone, that name."""
+    tied = skeleton.all_tied_weights_keys.items()
+    pairs = [*tied, *((other, one) for one, other in tied)]
+    return {one: other for one, other in pairs if one not in conversion.shapes and other in conversion.shapes}
