@@ -1,6 +1,7 @@
 """The Hugging Face Trainer on DeepSpeed, with random tokens: the other speed that dsllm is measured against.
 
-Started by bench.py: `deepspeed hf_trainer.py --model FOLDER ...`. Reporting, logging, saving and evaluation are off.
+Started by bench.py and throughput.py: `deepspeed hf_trainer.py --model FOLDER ...`. Reporting, logging, saving and
+evaluation are off.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class StepClock(TrainerCallback):
         return [end - start for start, end in zip(self.step_ends, self.step_ends[1:], strict=False)]
 
 
-def training_arguments(ds_config: dict[str, Any], steps: int, output: Path) -> TrainingArguments:
+def training_arguments(ds_config: dict[str, Any], steps: int, output: Path, recomputes: bool) -> TrainingArguments:
     """Arguments that agree with the JSON, as the Trainer demands, and that switch its extras off."""
     params = ds_config["optimizer"]["params"]
     return TrainingArguments(
@@ -63,6 +64,7 @@ def training_arguments(ds_config: dict[str, Any], steps: int, output: Path) -> T
         lr_scheduler_type="constant",
         bf16=ds_config["bf16"]["enabled"],
         fp16=ds_config["fp16"]["enabled"],
+        gradient_checkpointing=recomputes,
         report_to=[],
         logging_strategy="no",
         save_strategy="no",
@@ -75,6 +77,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder with the model's config.json")
     parser.add_argument("--ds-config", type=Path, help="DeepSpeed's JSON")
     parser.add_argument("--sequence-length", type=int)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="every block is computed again")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--output", type=Path, help="JSON list of the seconds that each step but the first took")
     parser.add_argument("--local_rank", type=int)
@@ -85,7 +88,7 @@ def main() -> None:
     clock = StepClock()
     trainer = Trainer(
         model=AutoModelForCausalLM.from_config(config, dtype=torch.float32),
-        args=training_arguments(ds_config, args.steps, args.output),
+        args=training_arguments(ds_config, args.steps, args.output, args.gradient_checkpointing),
         train_dataset=RandomTokens(args.steps * ds_config["train_batch_size"], args.sequence_length, config.vocab_size),
         callbacks=[clock],
     )

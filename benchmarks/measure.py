@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import socket
 import statistics
 import subprocess
@@ -23,10 +24,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 FIRST_STEPS = 5
 
 
-def start_ranks(script: str, arguments: Sequence[str], num_ranks: int, log: Path, accelerator: str) -> None:
+def start_ranks(
+    script: str, arguments: Sequence[str], num_ranks: int, log: Path, accelerator: str, seconds: float | None = None
+) -> None:
     """`deepspeed --num_gpus <num_ranks> <script> <arguments>`; all it prints goes to `log`.
 
-    Raises DsllmError with the last lines of the log where it fails.
+    Raises DsllmError with the last lines of the log where it fails, and where it takes longer than `seconds`.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -37,7 +40,17 @@ def start_ranks(script: str, arguments: Sequence[str], num_ranks: int, log: Path
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # ninja lives beside python
     with log.open("wb") as output:
         command = [*launcher, "--master_port", str(port), str(ROOT / script), *arguments]
-        status = subprocess.run(command, cwd=ROOT, env=environment, stdout=output, stderr=output).returncode
+        ranks = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            status = ranks.wait(seconds)
+        except BaseException as error:
+            os.killpg(ranks.pid, signal.SIGKILL)
+            ranks.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise DsllmError(f"{script} was stopped after {seconds:.0f} s") from error
+            raise
     if status != 0:
         last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise DsllmError(f"{script} exited with {status}; the end of its log:\n{last_lines}")

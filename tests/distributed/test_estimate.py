@@ -39,7 +39,11 @@ OTHER_FAMILIES = [
     (2, "mixtral", "fp32", "none", 2, "chunked", "model.num_experts=4"),
     (3, "mixtral", "fp32", "none", 1, "chunked", "model.num_experts=4"),
 ]
-CASES = [*((stage, *kind) for stage, kind in itertools.product(range(4), KINDS)), *MASKED, *OTHER_FAMILIES]
+MUON = [
+    (2, "gpt2", "bf16", "none", 2, "chunked", "optimizer.name=muon"),
+    (3, "llama", "fp32", "none", 1, "chunked", "optimizer.name=muon"),
+]
+CASES = [*((stage, *kind) for stage, kind in itertools.product(range(4), KINDS)), *MASKED, *OTHER_FAMILIES, *MUON]
 
 
 def case_of(

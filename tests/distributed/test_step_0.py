@@ -24,6 +24,7 @@ STAGES = {
     "stage 1": ["zero.stage=1", "training.precision=bf16", GPT2],
     "stage 2": ["zero.stage=2", "training.activation_checkpointing=full"],
     "stage 3": ["zero.stage=3", GPT2, "model.tie_word_embeddings=false"],
+    "muon": ["zero.stage=3", GPT2, "training.precision=bf16", "optimizer.name=muon"],
 }
 FAULTS = {
     "wide weights": "weights",
@@ -50,6 +51,10 @@ def test_a_sound_run_passes_every_check_at_every_stage(outcomes: dict[str, dict[
     against = f"stage {stage} against {2 if stage == 1 else 1}"
     assert list(checks) == ["first loss", "one batch", "accumulation", against, "weights"]
     assert [check for check in checks.values() if not check["passed"]] == []
+
+
+def test_a_run_with_muon_passes_every_check(outcomes: dict[str, dict[str, Any]]) -> None:
+    assert [check for check in outcomes["muon"]["checks"].values() if not check["passed"]] == []
 
 
 @pytest.mark.parametrize("stage", range(4))

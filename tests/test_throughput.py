@@ -1,0 +1,90 @@
+"""The script that measures a GPU: what its kernels are for, and that it runs from end to end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = {
+    "nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNN": "matmul",
+    "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n": "matmul",
+    "aten::addmm": "matmul",
+    "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel": "attention",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16": "attention",
+    "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float>": "norms",
+    "_rms_norm_backward_kernel": "norms",
+    "liger_cross_entropy_kernel": "loss",
+    "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>": "optimizer",
+    "ncclDevKernel_AllReduce_Sum_bf16_RING_LL": "communication",
+    "Memcpy HtoD (Pinned -> Device)": "copies",
+    "triton_poi_fused_add_gelu_3": "elementwise",
+    "something_new": "other",
+}
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.parametrize(("kernel", "group"), KERNELS.items())
+def test_a_kernel_is_counted_where_its_name_says(kernel: str, group: str) -> None:
+    from kernel_groups import group_of
+
+    assert group_of(kernel) == group
+
+
+def test_seconds_of_a_group_add_up_and_the_longest_comes_first() -> None:
+    from kernel_groups import grouped_seconds
+
+    found = grouped_seconds({"aten::mm": 1.0, "Memset (Device)": 2.5, "cutlass_80": 1.0})
+    assert list(found.items()) == [("copies", 2.5), ("matmul", 2.0)]
+
+
+@pytest.mark.slow  # three starts of DeepSpeed
+@pytest.mark.timeout(600)
+def test_the_script_runs_from_end_to_end_and_leaves_no_results_of_a_cpu() -> None:
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()}
+    cases = ["everything on", "loss plain", "Hugging Face Trainer"]
+    command = [sys.executable, "benchmarks/throughput.py", "--preset", "quickstart", "--device", "cpu", "--steps", "7"]
+    command += [part for case in cases for part in ("--case", case)]
+    command += ["--profile", "--set", "training.compile=false", "--set", "batch.sequence_length=32"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=590)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    for case in cases:
+        line = next(line for line in ended.stdout.splitlines() if line.startswith(f"quickstart, {case}:"))
+        assert "tokens/s" in line
+    assert "times the Hugging Face Trainer" in ended.stdout
+    assert "by kernel:" in ended.stdout
+    assert {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()} == before
+
+
+def test_a_case_that_takes_too_long_is_stopped_with_its_ranks(tmp_path: Path) -> None:
+    from measure import start_ranks
+
+    from dsllm.errors import DsllmError
+
+    script = tmp_path / "sleeps.py"
+    script.write_text("import time\ntime.sleep(600)\n")
+    with pytest.raises(DsllmError, match="was stopped after 6 s"):
+        start_ranks(str(script), [], 1, tmp_path / "log", "cpu", 6)
+    commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if str(script) in command]
+
+
+@pytest.mark.skipif("torch" in sys.modules and sys.modules["torch"].cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_script_says_so_and_what_to_do() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    command = [sys.executable, "benchmarks/throughput.py"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stdout.strip()) == (
+        2,
+        "throughput: no CUDA GPU here; run it where there is one, or with --device cpu",
+    )
