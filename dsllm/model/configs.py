@@ -82,7 +82,10 @@ def auto_config(keys: dict[str, Any], source: str = "model.config") -> Pretraine
     """
     model_type = keys.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        raise UserError(f"{source}.model_type: {_unknown_type(model_type)}")
+        given = "missing" if model_type is None else f"given {model_type!r}"
+        raise UserError(
+            f"{source}.model_type: {given}; must be a type that this transformers has; {_nearest_types(model_type)}"
+        )
     config_class = CONFIG_MAPPING[model_type]
     _check_keys(keys, config_class(), source)
     try:
@@ -111,11 +114,9 @@ def num_experts(config: PretrainedConfig) -> int:
     return next((count for name in names if (count := getattr(config, name, None))), 0)
 
 
-def _unknown_type(model_type: Any) -> str:
+def _nearest_types(model_type: Any) -> str:
     near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=3, cutoff=0.5)
-    advice = f"did you mean {' or '.join(near)}?" if near else "for example llama"
-    given = "missing" if model_type is None else f"given {model_type!r}"
-    return f"{given}; must be a type that this transformers has; {advice}"
+    return f"did you mean {' or '.join(near)}?" if near else "for example llama"
 
 
 def _check_keys(keys: dict[str, Any], default: PretrainedConfig, source: str) -> None:

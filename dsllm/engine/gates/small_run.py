@@ -167,7 +167,7 @@ def _narrow(spec: Spec) -> AnyModel:
         "num_attention_heads": 4,
         "num_key_value_heads": 2 if has_groups else None,
         "head_size": None,
-        "intermediate_size": None,
+        "intermediate_size": 64 if num_experts else None,
         "max_position_embeddings": SEQUENCE_LENGTH,
         "vocab_size": None,
         "vocab_padding_multiple": 128,
