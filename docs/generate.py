@@ -27,7 +27,7 @@ from dsllm.launch.environment import selected
 from dsllm.plan.known_runs import KNOWN_RUNS
 from dsllm.plan.model_shape import model_shape
 from dsllm.spec.load import load_spec, preset_names
-from dsllm.spec.schema import describe, spec_schema
+from dsllm.spec.schema import describe, spec_schema, tag_of, tag_values
 from dsllm.units import format_bytes, format_count
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +102,7 @@ def presets_table() -> str:
     for spec, name in sorted(((load_spec(name), name) for name in preset_names()), key=lambda pair: _size(pair[0])):
         tokens = spec.train_steps * spec.tokens_per_step
         rows.append(
-            f"| `{name}` | {spec.model.family} | {_size(spec) / 1e6:,.1f}M | {spec.batch.sequence_length} | "
+            f"| `{name}` | {spec.model.family} | {_sizes(spec)} | {spec.batch.sequence_length} | "
             f"{format_count(tokens)} | {spec.zero.stage} |"
         )
     return "\n".join(rows) + "\n"
@@ -199,6 +199,13 @@ def readme() -> str:
         return _EXAMPLE.sub(with_output, text)
 
 
+def _sizes(spec: Any) -> str:
+    """All parameters, and those that a token meets where that is not all."""
+    shape = model_shape(spec)
+    active = f", {shape.active_parameters / 1e6:,.1f}M active" if shape.num_experts else ""
+    return f"{shape.parameters / 1e6:,.1f}M{active}"
+
+
 def _size(spec: Any) -> int:
     return model_shape(spec).parameters
 
@@ -252,8 +259,9 @@ def _sections(path: str, node: dict[str, Any]) -> Iterator[tuple[str, dict[str, 
 
 
 def _section_page(path: str, section: dict[str, Any]) -> str:
-    kind = section["properties"].get("kind", {}).get("const")
-    title = f"`{path}`" + (f", kind `{kind}`" if kind else "") if path else "Top level"
+    tag = tag_of([section])
+    values = ", ".join(f"`{value}`" for value in tag_values([section], tag)) if tag else ""
+    title = f"`{path}`" + (f", {tag} {values}" if tag else "") if path else "Top level"
     rows = [_row(name, field, section.get("required", ())) for name, field in section["properties"].items()]
     table = "\n".join(["| field | takes | default | |", "|---|---|---|---|", *rows])
     return f"## {title}\n\n{section['description']}\n\n{table}\n"

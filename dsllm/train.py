@@ -29,7 +29,7 @@ from dsllm.errors import DsllmError, OneRankError  # noqa: E402
 from dsllm.launch import environment  # noqa: E402
 from dsllm.launch.expectations import check_world  # noqa: E402
 from dsllm.launch.placement import ALONE, Place, place_in, take_place  # noqa: E402
-from dsllm.units import parse_duration  # noqa: E402
+from dsllm.units import format_count, parse_duration  # noqa: E402
 
 if TYPE_CHECKING:
     from dsllm.engine.activity import Activity
@@ -150,6 +150,8 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
 
     # What is to be done, on what.
     shape = shape_of(spec)
+    if shape.num_experts:
+        logger.info("%s parameters, %s of them active", *map(format_count, (shape.parameters, shape.active_parameters)))
     run, device = workload(spec, loss_implementation(spec), shape), ranks.device_type()
     constants = ranks.on_rank_0(lambda: read_constants(calibration_file()).get(ranks.device_name()))
     beside_tensors = (constants.runtime_bytes, constants.reserved_ratio or 1.0) if constants else ()

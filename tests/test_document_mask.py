@@ -127,6 +127,19 @@ def test_padding_changes_neither_the_loss_nor_the_gradients(family: str) -> None
     torch.testing.assert_close(outcomes[2], outcomes[0], atol=1e-5, rtol=1e-3)
 
 
+def test_a_window_ends_within_a_document() -> None:
+    mask = document_mask(positions([[3, 5]]), torch.float32, sliding_window=2)[0, 0]
+    seen = [[key for key in range(8) if mask[query, key] == 0] for query in range(8)]
+    assert seen == [[0], [0, 1], [1, 2], [3], [3, 4], [4, 5], [5, 6], [6, 7]]
+
+
+def test_a_masked_document_has_the_window_that_an_unmasked_one_has() -> None:
+    model = TrainingModel(small_model("mistral", more=", sliding_window: 8"), "chunked").eval()
+    ids = random_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, position_ids=positions([[LENGTH]] * len(ROWS))), model(ids))
+
+
 @FAMILIES
 def test_bf16_takes_a_mask_too(family: str) -> None:
     model = training_model(family, dtype=torch.bfloat16)
@@ -161,13 +174,15 @@ def random_ids(seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB_SIZE, (len(ROWS), LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
-def small_model(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def small_model(
+    family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, more: str = ""
+) -> PreTrainedModel:
     groups = ", num_key_value_heads: 2" if family == "llama" else ""
     spec = load_spec(
         "quickstart",
         [
             f"model={{family: {family}, num_layers: 3, hidden_size: 64, num_attention_heads: 4{groups}, "
-            f"max_position_embeddings: {LENGTH}, attention: {attention}}}",
+            f"max_position_embeddings: {LENGTH}, attention: {attention}{more}}}",
             f"tokenizer={{kind: bpe, vocab_size: {VOCAB_SIZE}}}",
             f"batch.sequence_length={LENGTH}",
         ],
@@ -188,6 +203,6 @@ def training_model(
 
 def token_losses(model: TrainingModel, ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
     """The loss of each token, with itself as the label; like `ids`."""
-    hidden = model._hidden_states(ids, position_ids)
+    hidden, _ = model._hidden_states(ids, position_ids, wants_routers=False)
     logits = torch.nn.functional.linear(hidden, model.causal_lm.get_output_embeddings().weight)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)

@@ -26,7 +26,7 @@ def estimate() -> MemoryEstimate:
         "backward": Terms(**states, gradients_bytes=4 * MIB, activations_bytes=44 * MIB),
         "step": Terms(**states, gradients_bytes=4 * MIB),
     }
-    return MemoryEstimate(1, 1, 1, 2, phases, Terms(**states, gradients_bytes=4 * MIB), 0)
+    return MemoryEstimate(1, 1, 1, 1, 2, phases, Terms(**states, gradients_bytes=4 * MIB), 0)
 
 
 RANKS = [rank(50, 60, 20, 18, reserved=70, runtime=5), rank(58, 64, 19, 20, parameters=3, reserved=80, runtime=6)]

@@ -45,7 +45,7 @@ def test_forward_is_states_and_activations_and_the_loss() -> None:
 
 def test_a_card_fits_with_a_margin() -> None:
     terms = Terms(parameters_bytes=95 - 2, runtime_bytes=2)
-    estimate = MemoryEstimate(1, 1, 0, 1, {"step": terms}, terms, 0)
+    estimate = MemoryEstimate(1, 1, 1, 0, 1, {"step": terms}, terms, 0)
     assert estimate.fits(100)
     assert not estimate.fits(99)
 

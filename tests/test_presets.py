@@ -25,6 +25,7 @@ def test_the_presets_are_those_of_the_documentation() -> None:
         "llama-1b",
         "llama-248m",
         "llama-7b",
+        "mixtral-8x124m",
         "quickstart",
     ]
 

@@ -36,6 +36,7 @@ def check(
     from dsllm.launch.restarts import Patience, carry_through
     from dsllm.launch.run_plan import RunPlan
     from dsllm.launch.supervisor import Screen
+    from dsllm.model.shapes import shape_of
     from dsllm.plan.batch import check_batch
 
     topology, loaded = topology_of(num_gpus=num_gpus, launcher="local"), read_spec(spec, overrides)
@@ -44,6 +45,7 @@ def check(
         plan = RunPlan(
             spec_name=spec,
             spec=loaded,
+            shape=shape_of(loaded),
             run_dir=Path(run_dir),
             given_run_dir=run_dir,
             overrides=tuple(overrides or ()),

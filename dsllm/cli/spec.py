@@ -58,7 +58,7 @@ def presets(as_json: AsJson = False) -> None:
             (
                 row["preset"],
                 row["family"],
-                format_count(row["parameters"]),
+                counted(row["parameters"], row["active_parameters"]).replace(" parameters", ""),
                 format_count(row["tokens"]),
                 f"{row['train_steps']:,}",
                 str(row["zero_stage"]),

@@ -55,7 +55,8 @@ def activations(run: Workload, micro_batch_size: int, device: Device = "cuda") -
     tokens = micro_batch_size * run.sequence_length
     block, boundary = block_bytes_per_token(run, device), run.element_bytes * run.shape.hidden_size
     every = CHECKPOINTED_BLOCKS.get(run.activation_checkpointing)
-    kept = (run.shape.num_layers - run.num_checkpointed) * block + run.num_checkpointed * boundary
+    routed = run.element_bytes * run.shape.num_experts  # logits, which the balancing loss takes of every block
+    kept = (run.shape.num_layers - run.num_checkpointed) * block + run.num_checkpointed * (boundary + routed)
     final_norm = _norm_bytes_per_token(run) - boundary  # its output is the loss's input, and counted there
     at_once = max(block + _gradients_per_token(run, device), attention_peak_bytes_per_token(run, device))
     # what is kept of a block that is computed again is the input of its first norm, unless that makes an fp32 copy

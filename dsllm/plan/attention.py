@@ -42,7 +42,7 @@ def attention_kernel(run: Workload, device: Device) -> Kernel:
 def masks_window(run: Workload) -> bool:
     """Whether a sliding window takes a mask of transformers' own; one of documents has the window in it."""
     window = run.shape.sliding_window
-    return window is not None and window < run.sequence_length and not run.masks_documents
+    return window is not None and window <= run.sequence_length and not run.masks_documents
 
 
 def attention_bytes_per_token(run: Workload, device: Device) -> int:

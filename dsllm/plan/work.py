@@ -42,6 +42,20 @@ BLOCKS: dict[tuple[Style, Kernels], BlockCosts] = {
     ("llama", "fused"): BlockCosts(20, 6, 32, 10, 2.4e-4),
 }
 
+QUERY_NORM_BYTES = (36, 96)
+"""For each element of the queries and keys that pass norms of their own, in forward and backward; counted as above."""
+
+ROUTING_BYTES = (12, 12)
+"""For each element of the width, where a router chooses experts for it: its matrix's input, and the sum of what the
+experts give."""
+
+EXPERT_BYTES = (20, 60)
+"""The same for each expert that a token takes: it is gathered, weighed in fp32 and put back."""
+
+EXPERT_GATE_BYTES = 8
+"""For each element of a chosen expert's width in backward, beside the feed-forward layer's: gate and up are one matrix,
+whose gradients are joined."""
+
 LOSS_BYTES = {"plain": 34, "chunked": 38, "fused": 10}
 """Bytes for each logit over forward and backward: 16-bit logits, their fp32 copy, its log-softmax, gradients of each;
 fused, only the logits and their gradient in the same place."""
@@ -118,10 +132,12 @@ def block_work(run: Workload, kernels: Kernels) -> tuple[Work, Work]:
     weights = matmul_parameters(shape)
     outputs, inputs = _matmul_widths(shape)
     forward_attention, backward_attention, row_bytes = _attention(run)
-    forward_bytes = costs.forward_hidden_bytes * shape.hidden_size
-    forward_bytes += costs.forward_intermediate_bytes * shape.intermediate_size
-    backward_bytes = costs.backward_hidden_bytes * shape.hidden_size
-    backward_bytes += costs.backward_intermediate_bytes * shape.intermediate_size
+    taken = shape.num_experts_per_token or 1
+    special_forward, special_backward = _special_bytes(shape)
+    forward_bytes = costs.forward_hidden_bytes * shape.hidden_size + special_forward
+    forward_bytes += costs.forward_intermediate_bytes * taken * shape.intermediate_size
+    backward_bytes = costs.backward_hidden_bytes * shape.hidden_size + special_backward
+    backward_bytes += costs.backward_intermediate_bytes * taken * shape.intermediate_size
     scale = element / 2
     return (
         Work(2 * weights, forward_attention, scale * (forward_bytes + row_bytes / 2) + element * outputs),
@@ -130,10 +146,23 @@ def block_work(run: Workload, kernels: Kernels) -> tuple[Work, Work]:
 
 
 def matmul_parameters(shape: ModelShape) -> int:
-    """Parameters of a block that take part in matrix products: all but norms and biases."""
-    attention = 2 * shape.hidden_size**2 + 2 * shape.hidden_size * shape.key_value_size
-    matrices = 2 if shape.style == "gpt2" else 3
-    return attention + matrices * shape.hidden_size * shape.intermediate_size
+    """Parameters of a block that multiply a token: all but norms, biases and the experts that it does not take."""
+    attention = 2 * shape.hidden_size * (shape.query_size + shape.key_value_size)
+    return attention + (shape.num_experts_per_token or 1) * shape.expert_parameters + shape.router_parameters
+
+
+def _special_bytes(shape: ModelShape) -> tuple[int, int]:
+    """What norms of queries and the choice of experts move of a token beside what every block does."""
+    normed = shape.query_size + shape.key_value_size if shape.norms_queries else 0
+    forward, backward = (bytes_moved * normed for bytes_moved in QUERY_NORM_BYTES)
+    if not shape.num_experts:
+        return forward, backward
+    width, taken = shape.hidden_size, shape.num_experts_per_token
+    forward += (ROUTING_BYTES[0] + EXPERT_BYTES[0] * taken) * width
+    backward += (
+        ROUTING_BYTES[1] + EXPERT_BYTES[1] * taken
+    ) * width + EXPERT_GATE_BYTES * taken * shape.intermediate_size
+    return forward, backward
 
 
 def _matmul_widths(shape: ModelShape) -> tuple[int, int]:
@@ -142,10 +171,14 @@ def _matmul_widths(shape: ModelShape) -> tuple[int, int]:
     A tile is written after its arithmetic, so that this is not hidden behind it: products over a narrow width are less
     efficient, the more so the faster a GPU computes for its memory.
     """
-    h, i, kv = shape.hidden_size, shape.intermediate_size, shape.key_value_size
+    h, i, q, kv = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_value_size
     if shape.style == "gpt2":
         return 5 * h + i, 3 * h + i
-    return 3 * h + 2 * kv + 2 * i, 6 * h + i
+    attention = h + q + 2 * kv
+    if not shape.num_experts:
+        return attention + h + 2 * i, 5 * h + q + i
+    taken = shape.num_experts_per_token
+    return attention + shape.num_experts + taken * (h + 2 * i), 4 * h + q + taken * (h + i)
 
 
 def _attention(run: Workload) -> tuple[float, float, float]:
@@ -154,7 +187,7 @@ def _attention(run: Workload) -> tuple[float, float, float]:
     Fused attention skips the masked half and computes the scores again in backward: 2 and 5 products of s x h, halved
     (FlashAttention-2, arXiv:2307.08691). The plain one computes whole rows and stores them: 2 and 4.
     """
-    product = 2.0 * run.sequence_length * run.shape.hidden_size
+    product = 2.0 * run.sequence_length * run.shape.query_size
     if run.attention == "sdpa":
         return product, 2.5 * product, 0.0
     return 2 * product, 4 * product, PLAIN_ATTENTION_BYTES * run.shape.num_attention_heads * run.sequence_length

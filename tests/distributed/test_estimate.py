@@ -32,11 +32,18 @@ MASKED = [
     (1, "gpt2", "fp32", "none", 1, "chunked", "data.mask_documents=true"),
     (3, "llama", "bf16", "full", 2, "chunked", "data.mask_documents=true"),
 ]
+OTHER_FAMILIES = [
+    (0, "qwen3", "fp32", "none", 1, "chunked", "model.head_size=64"),
+    (3, "mistral", "bf16", "full", 2, "chunked", "model.sliding_window=32"),
+    (1, "mixtral", "bf16", "full", 1, "chunked", "model.num_experts=4"),
+    (2, "mixtral", "fp32", "none", 2, "chunked", "model.num_experts=4"),
+    (3, "mixtral", "fp32", "none", 1, "chunked", "model.num_experts=4"),
+]
 MUON = [
     (2, "gpt2", "bf16", "none", 2, "chunked", "optimizer.name=muon"),
     (3, "llama", "fp32", "none", 1, "chunked", "optimizer.name=muon"),
 ]
-CASES = [*((stage, *kind) for stage, kind in itertools.product(range(4), KINDS)), *MASKED, *MUON]
+CASES = [*((stage, *kind) for stage, kind in itertools.product(range(4), KINDS)), *MASKED, *OTHER_FAMILIES, *MUON]
 
 
 def case_of(
