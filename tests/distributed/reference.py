@@ -75,21 +75,24 @@ def _muon_step(
     weight_decay: float,
     is_transposed: bool,
 ) -> None:
-    """As https://kellerjordan.github.io/posts/muon has it, in fp32: by the singular values themselves."""
+    """As https://kellerjordan.github.io/posts/muon has it, in fp32: by the singular values themselves; of stacked
+    experts each by itself."""
     momentum.mul_(beta).add_((1 - beta) * parameter.grad)
     direction = (1 - beta) * parameter.grad + beta * momentum
-    left, values, right = torch.linalg.svd(direction / max(float(direction.norm()), 1e-7), full_matrices=False)
+    size = torch.linalg.matrix_norm(direction, keepdim=True).clamp(min=1e-7)
+    left, values, right = torch.linalg.svd(direction / size, full_matrices=False)
     for _ in range(5):
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
-    outputs, inputs = reversed(parameter.shape) if is_transposed else parameter.shape
+    sides = tuple(parameter.shape[-2:])
+    outputs, inputs = reversed(sides) if is_transposed else sides
     parameter.mul_(1 - rate * weight_decay)
-    parameter.sub_(rate * math.sqrt(max(1.0, outputs / inputs)) * (left * values) @ right)
+    parameter.sub_(rate * math.sqrt(max(1.0, outputs / inputs)) * (left * values.unsqueeze(-2)) @ right)
 
 
 def _hidden_matrices(model: torch.nn.Module) -> dict[torch.nn.Parameter, bool]:
     """The matrices of the blocks, and whether each is stored as inputs by outputs: GPT-2's are."""
     blocks = model.transformer.h if hasattr(model, "transformer") else model.model.layers
-    matrices = [parameter for parameter in blocks.parameters() if parameter.ndim == 2]
+    matrices = [parameter for parameter in blocks.parameters() if parameter.ndim >= 2]
     return dict.fromkeys(matrices, hasattr(model, "transformer"))
 
 

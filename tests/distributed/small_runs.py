@@ -24,6 +24,10 @@ PACKED_ROWS = [[32], [10, 20], [1, 1, 30], [], [5], [31], [16, 16], [7, 8, 9]]
 FAMILIES = {
     "gpt2": ["model={family: gpt2, num_layers: 2, hidden_size: 64, num_attention_heads: 4}"],
     "llama": ["model={family: llama, num_layers: 2, hidden_size: 64, num_attention_heads: 4, num_key_value_heads: 2}"],
+    "mixtral": [
+        "model={family: mixtral, num_layers: 2, hidden_size: 64, num_attention_heads: 4, intermediate_size: 96, "
+        "num_experts: 4, balance_loss_weight: 0.0}"
+    ],
 }
 
 

@@ -26,6 +26,7 @@ OFFLOADED = "zero.offload_optimizer=cpu"
 FP32_CASES = [
     *(case(stage, 4) for stage in STAGES),
     case(3, 2, UNTIED, family="llama"),
+    case(3, 2, family="mixtral"),
     case(2, 2, OFFLOADED),
     case(3, 2, OFFLOADED, "zero.offload_param=cpu"),
 ]
@@ -49,6 +50,7 @@ def test_fp32_losses_and_norms_with_muon_equal_the_plain_loop_at_every_stage(out
     references = {
         "gpt2": reference_run("gpt2", STEPS, (MUON,)),
         "llama": reference_run("llama", STEPS, (MUON, UNTIED)),
+        "mixtral": reference_run("mixtral", STEPS, (MUON,)),
     }
     assert min(references["gpt2"].gradient_norms) > 0.3, "nothing was clipped"
     for case, outcome in zip(FP32_CASES, outcomes, strict=False):
