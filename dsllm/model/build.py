@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -58,6 +58,9 @@ def build_model(
     With `ds_config` (ZeRO-3) each parameter is partitioned over the ranks as it is created, so that no rank ever holds
     the whole model.
     """
+    # Imported before zero.Init, which at its end puts back the __init__ that a class was defined with: of one that is
+    # defined within, a decorator's would be lost, as that of MixtralExperts.
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_init_weights())
         if ds_config is not None:
@@ -65,7 +68,7 @@ def build_model(
 
             # The type comes from the JSON. Init's own `dtype` argument is ignored on devices without fp16 (0.19.8).
             stack.enter_context(deepspeed.zero.Init(config_dict_or_path=ds_config))
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = model_class._from_config(config, dtype=dtype)
     # Skipping initialisation skips the tying of embedding and head too.
     model.tie_weights()
     restore_rotary_tables(model)

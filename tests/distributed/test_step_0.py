@@ -26,6 +26,14 @@ STAGES = {
     "stage 3": ["zero.stage=3", GPT2, "model.tie_word_embeddings=false"],
     "muon": ["zero.stage=3", GPT2, "training.precision=bf16", "optimizer.name=muon"],
 }
+SIZES = "num_attention_heads: 4, hidden_size: 64, intermediate_size: 128, max_position_embeddings: 256"
+OTHER_NETWORKS = {
+    "experts": ["zero.stage=3", f"model={{family: mixtral, num_layers: 2, {SIZES}}}"],
+    "any type": [
+        "zero.stage=3",
+        f"model={{family: auto, config: {{model_type: gpt_neox, num_hidden_layers: 2, {SIZES}}}}}",
+    ],
+}
 FAULTS = {
     "wide weights": "weights",
     "labels two ahead": "one batch",
@@ -39,8 +47,9 @@ FAULTS = {
 def outcomes() -> dict[str, dict[str, Any]]:
     """What every case gave on rank 0, from one start of DeepSpeed."""
     cases = {name: {"overrides": overrides} for name, overrides in STAGES.items()}
+    cases |= {name: {"overrides": overrides} for name, overrides in OTHER_NETWORKS.items()}
     cases |= {name: {"overrides": ["model.num_layers=2"], "fault": name} for name in FAULTS}
-    results = run_python_ranks(RANKS, "check_each", {"cases": list(cases.values())}, num_ranks=2, timeout_seconds=240)
+    results = run_python_ranks(RANKS, "check_each", {"cases": list(cases.values())}, num_ranks=2, timeout_seconds=360)
     assert [result["checks"].keys() for result in results[0]] == [result["checks"].keys() for result in results[1]]
     return dict(zip(cases, results[0], strict=True))
 
@@ -55,6 +64,11 @@ def test_a_sound_run_passes_every_check_at_every_stage(outcomes: dict[str, dict[
 
 def test_a_run_with_muon_passes_every_check(outcomes: dict[str, dict[str, Any]]) -> None:
     assert [check for check in outcomes["muon"]["checks"].values() if not check["passed"]] == []
+
+
+@pytest.mark.parametrize("name", OTHER_NETWORKS)
+def test_experts_and_types_without_a_family_pass_every_check(outcomes: dict[str, dict[str, Any]], name: str) -> None:
+    assert [check for check in outcomes[name]["checks"].values() if not check["passed"]] == []
 
 
 @pytest.mark.parametrize("stage", range(4))
