@@ -92,6 +92,22 @@ def test_an_automatic_model_takes_the_sources_configuration_with_the_listed_laye
         assert torch.equal(found[: len(expected)], expected), f"{name} is not {origin}"
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_kinds_of_layers_that_follow_from_their_numbers_go_with_the_layers(tmp_path: Path, family: str) -> None:
+    windows = {"use_sliding_window": True, "max_window_layers": 2} if family == "qwen2" else {}
+    model = write_model(tmp_path, small_config(family, 8, sliding_window=8, **windows))
+    keys = json.loads((tmp_path / "config.json").read_text())
+    kinds = keys.pop("layer_types")
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    assert len(set(kinds)) == 2
+    spec = with_written_config(automatic(tmp_path, "0-3,5,7", IN_FP32, "model.attention=eager"))
+    found, numbers = started(spec), [0, 1, 2, 3, 5, 7]
+    assert found.config.layer_types == [kinds[number] for number in numbers]
+    source = dict(model.named_parameters())
+    for name, origin in origins(list(source), "model.layers", numbers).items():
+        assert torch.equal(found.get_parameter(name)[: len(source[origin])], source[origin]), f"{name} is not {origin}"
+
+
 def test_an_automatic_model_of_layers_that_the_source_has_not_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, small_config("qwen2"))
     with pytest.raises(UserError, match=r"^model\.init\.layers: given '0-3', with layer 3; .* has layers 0 to 2; name"):
