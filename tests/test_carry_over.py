@@ -250,6 +250,16 @@ def test_a_folder_without_a_tokenizer_has_no_tokens_and_a_damaged_one_is_refused
         tokens_by_id(tmp_path)
 
 
+def test_code_of_a_tokenizer_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers would ask, and someone say yes
+    write_tokenizer(tmp_path, 5)
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')\n")
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r": its tokenizer cannot be read \(.+ contains custom code"):
+        tokens_by_id(tmp_path)
+
+
 # --- the same network -------------------------------------------------------------------------------------------------
 
 

@@ -124,10 +124,21 @@ def test_a_configuration_that_transformers_cannot_read_is_refused(folder: Path, 
     assert ": transformers cannot read its config.json (" in refusal(folder)
 
 
-def test_code_that_a_folder_brings_does_not_run(folder: Path) -> None:
+def test_code_that_a_folder_brings_does_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers would ask, and someone say yes
     (folder / "evil.py").write_text("raise SystemExit('it ran')\n")
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}))
     assert ": transformers cannot read its config.json (" in refusal(folder)
+
+
+def test_a_type_that_transformers_has_is_its_own_and_not_the_folders(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    (folder / "evil.py").write_text("raise SystemExit('it ran')\n")
+    keys = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**keys, "auto_map": {"AutoConfig": "evil.Evil"}}))
+    assert type(Source(folder).config).__name__ == "LlamaConfig"
 
 
 def test_quantised_weights_are_refused(folder: Path) -> None:

@@ -72,7 +72,7 @@ class Source:
 def read_config(folder: Path) -> PretrainedConfig:
     """The configuration in a folder. Raises UserError for one that transformers does not know, or that is quantised."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of many kinds: damaged JSON, a type it does not know, code that would have to run
         raise UserError(
             f"{folder}: transformers cannot read its config.json ({first_line(error)}); give a model of a type that "

@@ -21,7 +21,7 @@ def tokens_by_id(folder: Path) -> dict[int, str] | None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of many kinds; a damaged tokenizer.json raises a bare Exception
         raise UserError(
             f"{folder}: its tokenizer cannot be read ({first_line(error)}); mend it, or take its files away to go on "
