@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,33 @@ from dsllm.model.grow import grow
 from tests.small_models import BLOCKS, origins, small_config, write_model, write_tokenizer
 
 WHOLE = 10**9
+FILE_BYTES = 32_000_000
+"""Two layers of the model whose growth is watched, so that a file repeats one."""
+GROWS_UNDER_WATCH = """
+import re, sys, threading
+from pathlib import Path
+from dsllm.model.grow import grow
+from dsllm.model.source import Source
+
+def anonymous_bytes():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def watch(ended):
+    while not ended.wait(0.001):
+        peaks.append(anonymous_bytes())
+
+folder, max_shard_bytes = Path(sys.argv[1]), int(sys.argv[2])
+Source(folder / "source")  # imports and what stays of them
+for number, layers in enumerate(sys.argv[3:]):
+    before, peaks, ended = anonymous_bytes(), [0], threading.Event()
+    watcher = threading.Thread(target=watch, args=(ended,))
+    watcher.start()
+    grow(str(folder / "source"), folder / str(number), layers, max_shard_bytes=max_shard_bytes)
+    ended.set()
+    watcher.join()
+    print(max(peaks) - before)
+"""
+"""The most that each list of layers took of memory that is in no file, in a process of its own."""
 
 
 @pytest.mark.parametrize(
@@ -86,6 +115,18 @@ def test_half_precision_stays_as_it_is(tmp_path: Path) -> None:
     write_model(tmp_path / "source", small_config("llama")).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     grow(str(tmp_path / "source"), tmp_path / "grown", "0-1", max_shard_bytes=WHOLE)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "grown", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much of a process is in no file")
+def test_no_more_is_in_memory_than_the_layers_that_one_file_repeats(tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "head_dim": 128}
+    write_model(tmp_path / "source", small_config("llama", 6, **shape), WHOLE)
+    cases = ["0-5,0-5", "0,0,0,0,0,0"]
+    command = [sys.executable, "-c", GROWS_UNDER_WATCH, str(tmp_path), str(FILE_BYTES), *cases]
+    once, repeated = map(int, subprocess.check_output(command, text=True, timeout=120).split())
+    assert (tmp_path / "source" / "model.safetensors").stat().st_size > 2 * FILE_BYTES
+    assert once < FILE_BYTES / 4
+    assert FILE_BYTES / 4 < repeated < 1.2 * FILE_BYTES, "a layer of a file is copied for each time but the first"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

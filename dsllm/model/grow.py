@@ -52,9 +52,9 @@ class Part(NamedTuple):
 def grow(name: str, output: Path, layers: str, *, revision: str | None = None, max_shard_bytes: int) -> list[Part]:
     """Write the model that has `layers` (`0-7,4-11`) of the model `name`, and all else of it, to the folder `output`.
 
-    Returns what came from where. No more than `max_shard_bytes`, the size of a file, are in memory at a time. Raises
-    UserError where the source cannot be had or has no such layers, or `output` holds something; on any fault nothing
-    stays behind.
+    Returns what came from where. Tensors go from mapped file to file; in memory are copies of those that one file has
+    twice, less than `max_shard_bytes`, the size of a file. Raises UserError where the source cannot be had or has no
+    such layers, or `output` holds something; on any fault nothing stays behind.
     """
     if output.is_file() or (output.exists() and any(output.iterdir())):
         raise UserError(f"{output}: not empty; choose another folder for the new model, or empty it")
@@ -118,9 +118,18 @@ def _write_tensors(source: Source, moves: Sequence[Move], folder: Path, max_shar
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, shard in zip(files, shards, strict=True):
-        # Copies, because a layer that is taken twice may not be one tensor of two names.
-        tensors = {move.new: source.tensors.read(move.old).clone() for move in shard}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        _write_file(source, shard, folder / file)
+
+
+def _write_file(source: Source, shard: Sequence[Move], file: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[str] = set()
+    for move in shard:
+        tensor = source.tensors.read(move.old)
+        # A layer that is taken twice may not be one tensor of two names.
+        tensors[move.new] = tensor.clone() if move.old in seen else tensor
+        seen.add(move.old)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _shards(source: Source, moves: Sequence[Move], max_bytes: int) -> tuple[list[list[Move]], list[int]]:
