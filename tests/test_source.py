@@ -102,6 +102,26 @@ def test_a_name_that_the_hub_cannot_give_is_refused() -> None:
         find_folder("no/such-model")
 
 
+def test_a_run_takes_what_is_downloaded_and_names_the_command_for_what_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--some--small" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("1234")
+    (snapshot / "config.json").write_text("{}")
+    for name, revision, options in [("some/small", None, ""), ("no/such", "v2", " --revision v2")]:
+        with pytest.raises(UserError) as refused:
+            find_folder(name, revision, may_download=False)
+        assert str(refused.value) == (
+            f"{name}: no folder of that name, and not downloaded here, for which every rank would wait; first run "
+            f"hf download {name}{options} on the host of rank 0"
+        )
+    write_model(snapshot, small_config("llama"))
+    assert Source(find_folder("some/small", may_download=False)).config.num_hidden_layers == 3
+
+
 @pytest.mark.parametrize("name", ["run", "global_step40"])
 def test_a_run_is_refused_with_the_command_that_exports_it(tmp_path: Path, name: str) -> None:
     (tmp_path / name / "checkpoints").mkdir(parents=True)

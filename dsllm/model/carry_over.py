@@ -81,9 +81,9 @@ class CarryOver:
 def open_carry_over(spec: Spec, init: Pretrained) -> tuple[CarryOver, dict[int, str] | None]:
     """The model of `init`, found to fit the spec's; and the tokens that it knows, None where it has no tokenizer.
 
-    Raises UserError, SpecError where it is another network.
+    Nothing is downloaded: ranks wait for this. Raises UserError, SpecError where it is another network.
     """
-    source = Source(find_folder(init.name, init.revision))
+    source = Source(find_folder(init.name, init.revision, may_download=False))
     layers, theirs = None, source.config
     if init.layers is not None:
         layers = chosen_layers(init.layers, "model.init.layers", source.config.num_hidden_layers, init.name)
