@@ -15,6 +15,7 @@ from dsllm.errors import SpecError, UserError
 from dsllm.model.build import DTYPES, build_model, model_config
 from dsllm.model.carry_over import CarryOver, open_carry_over
 from dsllm.model.configs import with_written_config
+from dsllm.model.grow import grow
 from dsllm.model.source import Source
 from dsllm.model.source_tokenizer import refuse_another_tokenizer, tokens_by_id
 from dsllm.model.vocabulary_rows import VocabularyRows
@@ -149,6 +150,28 @@ def test_weights_take_the_precision_of_the_training(tmp_path: Path) -> None:
     source = dict(write_model(tmp_path, small_config("llama")).named_parameters())
     model = started(spec_from(tmp_path, "llama", 3, None, "training.precision=bf16"))
     assert torch.equal(model.model.norm.weight, source["model.norm.weight"].bfloat16())
+
+
+def test_a_weight_that_the_source_has_not_is_named(tmp_path: Path) -> None:
+    write_model(tmp_path, small_config("llama"))
+    with pytest.raises(UserError, match=r"it has no model\.layers\.0\.self_attn\.q_proj\.bias, of which .* would be"):
+        CarryOver(
+            Source(tmp_path), small_config("llama", attention_bias=True), None, VocabularyRows(500, 500, 500, 500)
+        )
+
+
+@pytest.mark.parametrize(("layers", "where"), [("0,2,3", (2, 1)), ("0,1,1,2", (1, 2))])
+def test_a_layer_of_another_kind_than_its_new_place_is_refused(
+    tmp_path: Path, layers: str, where: tuple[int, int]
+) -> None:
+    write_model(tmp_path / "source", small_config("qwen2_moe", 4, mlp_only_layers=[1], **FEW_EXPERTS))
+    old, new = f"layer {where[0]} of {tmp_path}/source", f"layer {where[1]} of the new model"
+    expected = f"^{old} has mlp\\.[a-z_.]+ where {new} has none, or one of another size; list layers of one kind$"
+    with pytest.raises(UserError, match=expected):
+        grow(str(tmp_path / "source"), tmp_path / "grown", layers, max_shard_bytes=10**9)
+    spec = with_written_config(automatic(tmp_path / "source", layers))
+    with pytest.raises(UserError, match=expected):
+        open_carry_over(spec, spec.model.init)
 
 
 def test_layers_outside_the_source_are_refused(tmp_path: Path) -> None:
@@ -352,14 +375,18 @@ def test_another_family_is_refused_by_its_name(tmp_path: Path) -> None:
 def test_a_model_of_another_width_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
     write_model(tmp_path, small_config("gpt2"))
     with pytest.raises(UserError) as refused:
-        CarryOver(Source(tmp_path), small_config("gpt2", n_inner=512), None, VocabularyRows(500, 500, 500, 500))
+        CarryOver(Source(tmp_path), small_config("gpt2", n_inner=512), None, ROWS)
     assert str(refused.value) == (
         f"{tmp_path}: transformer.h.0.mlp.c_fc.weight is 64 x 256, and transformer.h.0.mlp.c_fc.weight of the model is "
         "to be 64 x 512; give the spec the model's own sizes"
     )
 
 
+ROWS = VocabularyRows(500, 500, 500, 500)
 IN_FP32 = "training.precision=fp32"
+FEW_EXPERTS = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16
+}  # fmt: skip
 
 
 def refusal(spec: Spec) -> str:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dsllm.errors import UserError
 from dsllm.model.build import model_config
-from dsllm.model.depth import blocks_name, with_layers
+from dsllm.model.depth import blocks_name, refuse_other_layers, with_layers
 from dsllm.model.same_network import refuse_another_network
 from dsllm.model.source import Source, build_skeleton, by
 from dsllm.model.source_files import find_folder
@@ -35,6 +35,8 @@ class CarryOver:
         self._layers = layers
         self._blocks = blocks_name(source.skeleton) if layers is not None else ""
         target = build_skeleton(config, "model")
+        if layers is not None:
+            refuse_other_layers(source.skeleton, target, layers, str(source.folder))
         self._vocabulary = _vocabulary_names(target)
         self._positions = _embedding_names(target) - self._vocabulary
         for name, parameter in target.named_parameters():
@@ -64,7 +66,7 @@ class CarryOver:
         origin, folder = self.source_name(name), self.source.folder
         theirs = self.source.shape(origin)
         if theirs is None:
-            raise UserError(f"{folder}: it has no {origin}, of which {name} would be made; list other layers")
+            raise UserError(f"{folder}: it has no {origin}, of which {name} would be made; take a model that has it")
         if name in self._positions and shape[0] > theirs[0]:
             raise UserError(
                 f"model.max_position_embeddings: given {shape[0]}; {folder} has learned {theirs[0]} positions, and no "

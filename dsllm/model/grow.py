@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from dsllm.errors import DsllmError, UserError
 from dsllm.model.conversion import Conversion
-from dsllm.model.depth import blocks_name, with_layers
+from dsllm.model.depth import blocks_name, refuse_other_layers, with_layers
 from dsllm.model.source import Source, build_skeleton
 from dsllm.model.source_files import SAFETENSORS, find_folder
 from dsllm.spec.layers import chosen_layers, parse_layers
@@ -76,8 +76,10 @@ def grow(name: str, output: Path, layers: str, *, revision: str | None = None, m
 def _moves(source: Source, layers: Sequence[int]) -> list[Move]:
     """Every tensor of the new model, in the order of its files."""
     blocks = blocks_name(source.skeleton)
+    skeleton = build_skeleton(with_layers(source.config, layers), str(source.folder))
+    refuse_other_layers(source.skeleton, skeleton, layers, str(source.folder))
     # What a name on disk stands for depends on the layers that there are, so that new names are asked of the new model.
-    new = Conversion(build_skeleton(with_layers(source.config, layers), str(source.folder)), {})
+    new = Conversion(skeleton, {})
     shared, of_layer = [], defaultdict(list)
     for group in source.conversion.groups:
         for piece, _ in group.pieces:
