@@ -152,6 +152,14 @@ def test_weights_take_the_precision_of_the_training(tmp_path: Path) -> None:
     assert torch.equal(model.model.norm.weight, source["model.norm.weight"].bfloat16())
 
 
+def test_a_type_that_cannot_be_trained_is_refused_as_such(tmp_path: Path) -> None:
+    from transformers import GPTJConfig
+
+    write_model(tmp_path, GPTJConfig(vocab_size=500, n_positions=64, n_embd=64, n_layer=2, n_head=4, rotary_dim=8))
+    spec = with_written_config(automatic(tmp_path, None, "model.attention=eager"))
+    assert refusal(spec).startswith("model.config: model type gptj has no output projection, or one with a bias, ")
+
+
 def test_a_weight_that_the_source_has_not_is_named(tmp_path: Path) -> None:
     write_model(tmp_path, small_config("llama"))
     with pytest.raises(UserError, match=r"it has no model\.layers\.0\.self_attn\.q_proj\.bias, of which .* would be"):

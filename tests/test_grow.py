@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from typer.testing import CliRunner
 
@@ -154,6 +155,20 @@ def test_the_command_prints_what_came_from_where(tmp_path: Path) -> None:
     )
 
 
+def test_the_command_tells_of_tensors_that_are_no_part_of_the_model(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", small_config("gpt2"), WHOLE)
+    file = tmp_path / "source" / "model.safetensors"
+    more = {"transformer.h.0.adapter.weight": torch.ones(3, 3), "value_head.weight": torch.ones(1, 64)}
+    save_file({**load_file(file), **more}, file, {"format": "pt"})
+    arguments = ["grow", str(tmp_path / "source"), str(tmp_path / "grown"), "--layers", "0-2", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == (
+        f"{tmp_path}/source: 2 tensors are no part of its model, first transformer.h.0.adapter.weight; left out\n"
+    )
+    assert sum(part["tensors"] for part in json.loads(result.stdout)) == len(load_file(file)) - 2
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
@@ -184,7 +199,7 @@ def test_what_is_not_the_same_when_it_is_read_back_is_not_kept(tmp_path: Path, m
     write_model(tmp_path / "source", small_config("llama"))
 
     def save_one_bit_off(tensors: dict[str, torch.Tensor], *given: object, **named: object) -> None:
-        tensors["model.norm.weight"][0] += 1e-6
+        tensors = {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1e-6}
         save_file(tensors, *given, **named)
 
     save_file = grow_module.save_file

@@ -15,6 +15,7 @@ from dsllm.model.same_network import refuse_another_network
 from dsllm.model.source import Source, build_skeleton, by
 from dsllm.model.source_files import find_folder
 from dsllm.model.source_tokenizer import tokens_by_id
+from dsllm.model.suitability import check_suitable
 from dsllm.model.vocabulary_rows import VocabularyRows, vocabulary_rows
 from dsllm.spec.layers import chosen_layers
 from dsllm.spec.sections import Pretrained, Spec
@@ -83,7 +84,8 @@ class CarryOver:
 def open_carry_over(spec: Spec, init: Pretrained) -> tuple[CarryOver, dict[int, str] | None]:
     """The model of `init`, found to fit the spec's; and the tokens that it knows, None where it has no tokenizer.
 
-    Nothing is downloaded: ranks wait for this. Raises UserError, SpecError where it is another network.
+    Nothing is downloaded: ranks wait for this. Raises UserError, SpecError where it is another network, or an automatic
+    one that dsllm cannot train.
     """
     source = Source(find_folder(init.name, init.revision, may_download=False))
     layers, theirs = None, source.config
@@ -91,6 +93,8 @@ def open_carry_over(spec: Spec, init: Pretrained) -> tuple[CarryOver, dict[int, 
         layers = chosen_layers(init.layers, "model.init.layers", source.config.num_hidden_layers, init.name)
         theirs = with_layers(source.config, layers)
     config = model_config(spec)
+    if spec.model.family == "auto":
+        check_suitable(config, spec.zero.stage, spec.data.mask_documents)
     refuse_another_network(spec.model, config, theirs, init.name)
     tokens = tokens_by_id(source.folder)
     num_known = None if tokens is None else 1 + max(tokens)

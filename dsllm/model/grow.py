@@ -49,7 +49,15 @@ class Part(NamedTuple):
     parameters: int
 
 
-def grow(name: str, output: Path, layers: str, *, revision: str | None = None, max_shard_bytes: int) -> list[Part]:
+class Grown(NamedTuple):
+    """What became of a source."""
+
+    parts: list[Part]
+    unused: list[str]
+    """Tensors of its files that are no part of its model, and so not of the new one."""
+
+
+def grow(name: str, output: Path, layers: str, *, revision: str | None = None, max_shard_bytes: int) -> Grown:
     """Write the model that has `layers` (`0-7,4-11`) of the model `name`, and all else of it, to the folder `output`.
 
     Returns what came from where. Tensors go from mapped file to file; in memory are copies of those that one file has
@@ -70,7 +78,7 @@ def grow(name: str, output: Path, layers: str, *, revision: str | None = None, m
         _copy_other_files(source.folder, made)
         _compare(source, moves, made)
         os.replace(made, output)
-    return _parts(source, moves, layers)
+    return Grown(_parts(source, moves, layers), source.conversion.unused)
 
 
 def _moves(source: Source, layers: Sequence[int]) -> list[Move]:
