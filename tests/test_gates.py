@@ -151,6 +151,14 @@ def test_every_preset_shrinks_to_what_trains_in_seconds_with_its_own_settings(pr
     assert small.training.activation_checkpointing == spec.training.activation_checkpointing
 
 
+def test_the_small_run_drops_nothing_out_and_leaves_experts_to_choose_among() -> None:
+    auto = load_spec("quickstart", ["model={family: auto, config: {model_type: gpt_neox, hidden_dropout: 0.1}}"])
+    assert {shrink(auto).model.config[key] for key in ("hidden_dropout", "attention_dropout")} == {0.0}
+    network = "family: mixtral, num_layers: 2, hidden_size: 64, num_attention_heads: 4"
+    spec = load_spec("quickstart", [f"model={{{network}, num_experts: 64, num_experts_per_token: 8}}"])
+    assert shrink(spec).model.num_experts == 16
+
+
 def test_offload_stays_and_sizes_of_a_large_model_do_not() -> None:
     zero = "zero={stage: 3, offload_optimizer: cpu, max_live_elements: 1000000000, reduce_bucket_elements: 500000000}"
     small = shrink(load_spec("1b", [zero, "batch.micro_batch_size=1"]))
