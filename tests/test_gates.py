@@ -23,6 +23,7 @@ from dsllm.errors import TrainingError
 from dsllm.model.build import build_model, model_config
 from dsllm.model.initialize import Distribution, initialize_weights
 from dsllm.plan.model_shape import model_shape
+from dsllm.spec.derived import initializer_range
 from dsllm.spec.load import load_spec, preset_names
 
 NORMAL = Distribution(0.0, 0.02)
@@ -108,6 +109,19 @@ def test_an_initialised_model_passes(family: str) -> None:
     check = check_weights(model)
     assert check.passed, check
     assert check.found == f"so in all {len(list(model.named_parameters()))}"
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_the_deviation_may_have_another_name() -> None:
+    size = "hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, ffn_dim: 128, word_embed_proj_dim: 64"
+    network = f"model={{family: auto, config: {{model_type: opt, {size}, init_std: 0.006}}}}"
+    spec = load_spec("quickstart", [network])
+    model = build_model(model_config(spec), torch.float32)
+    initialize_weights(model, seed=1)
+    check = check_weights(model)
+    assert check.passed, check
+    assert check.expected.startswith("matrices of deviation 0.006,")
+    assert initializer_range(spec.model) == 0.006
 
 
 @FAMILIES

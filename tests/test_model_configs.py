@@ -18,6 +18,7 @@ from dsllm.model.configs import auto_config, with_written_config
 from dsllm.model.shapes import shape_of
 from dsllm.plan.config_sizes import DEFAULTS
 from dsllm.plan.model_shape import has_formula, model_shape
+from dsllm.spec.derived import dropout
 from dsllm.spec.load import dump_spec, load_spec, parse_spec
 from dsllm.spec.sections import Spec
 from dsllm.spec.yaml_text import parse_yaml
@@ -98,6 +99,20 @@ def test_a_variant_that_the_formula_does_not_know_is_built(key: str) -> None:
     assert shape_of(spec_of(variant)).parameters > shape_of(spec_of(plain)).parameters
 
 
+@pytest.mark.parametrize(
+    ("keys", "rate"),
+    [
+        ({"model_type": "gpt2"}, 0.1),
+        ({"model_type": "gpt2", "resid_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.1}, 0.0),
+        ({"model_type": "llama"}, 0.0),
+        ({"model_type": "opt"}, 0.1),
+        ({"model_type": "gpt_neox", "hidden_dropout": 0.2, "attention_dropout": 0.1}, 0.2),
+    ],
+)
+def test_dropout_is_the_largest_that_activations_pass(keys: dict[str, object], rate: float) -> None:
+    assert dropout(spec_of(keys).model) == rate
+
+
 # --- where it comes from ----------------------------------------------------------------------------------------------
 
 
@@ -114,9 +129,11 @@ def test_a_folder_is_written_out_and_then_needed_no_more(tmp_path: Path) -> None
 
 def test_overrides_reach_into_a_folders_configuration(tmp_path: Path) -> None:
     LlamaConfig(**SMALL).save_pretrained(tmp_path)
-    (tmp_path / "spec.yaml").write_text(dump_spec(spec_of(str(tmp_path))))
-    spec = load_spec(str(tmp_path / "spec.yaml"), ["model.config.num_hidden_layers=3"])
-    assert model_shape(spec).num_layers == 3
+    document = load_spec("quickstart").model_dump(mode="json")
+    document["model"] = {"family": "auto", "config": str(tmp_path)}
+    (tmp_path / "spec.json").write_text(json.dumps(document))
+    spec = load_spec(str(tmp_path / "spec.json"), ["model.config.num_hidden_layers=3"])
+    assert (model_shape(spec).num_layers, model_shape(spec).hidden_size) == (3, 64)
 
 
 def test_the_source_of_the_weights_is_that_of_the_configuration_too(tmp_path: Path) -> None:

@@ -62,21 +62,31 @@ def config_source(model: AutoModel) -> tuple[str, str | None]:
     return model.init.name, model.init.revision
 
 
+OF_NO_BLOCK = ("summary", "classifier", "layerdrop")
+"""In names of keys with "drop" that no activation passes."""
+DROPOUT_DEFAULTS = dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "opt", "xglm", "biogpt"), 0.1)
+"""transformers', of the types that drop out where their configuration says nothing."""
+
+
 def dropout(model: AnyModel) -> float:
-    """Of residuals and attention in training."""
+    """Of residuals and attention in training, the largest."""
     if model.family != "auto":
         return model.dropout
     config = written_config(model)
-    # GPT-2's name of it, and its default; the newer families have none
-    rate: float = config.get("resid_pdrop", 0.1 if config.get("model_type") == "gpt2" else 0.0)
-    return rate
+    rates = [
+        rate
+        for key, rate in config.items()
+        if "drop" in key and isinstance(rate, int | float) and not any(name in key for name in OF_NO_BLOCK)
+    ]
+    return max(rates, default=DROPOUT_DEFAULTS.get(str(config.get("model_type")), 0.0))
 
 
 def initializer_range(model: AnyModel) -> float:
     """Standard deviation of the initial weights."""
     if model.family != "auto":
         return model.initializer_range
-    deviation: float = written_config(model).get("initializer_range", 0.02)  # transformers' own default
+    config = written_config(model)
+    deviation: float = config.get("initializer_range", config.get("init_std", 0.02))  # transformers' own default
     return deviation
 
 
