@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from dsllm.errors import UserError
 from dsllm.model.build import build_model
 from dsllm.model.configs import auto_config
+from dsllm.model.document_mask import sliding_window
 from dsllm.model.initialize import initial_distribution, initialize_weights
 from dsllm.model.narrow import narrow_model, narrowed
 from dsllm.model.suitability import check_suitable
@@ -60,6 +61,21 @@ def test_attention_that_takes_no_mask_of_documents_is_refused_where_there_are_so
     check_suitable(config, zero_stage=1, masks_documents=False)
     with pytest.raises(UserError, match="its attention takes no mask of documents"):
         check_suitable(config, zero_stage=1, masks_documents=True)
+
+
+def test_layers_of_several_kinds_take_no_mask_of_documents() -> None:
+    mixed = config_of("olmo3", **SMALL, layer_types=["sliding_attention", "full_attention"])
+    check_suitable(mixed, zero_stage=1, masks_documents=False)
+    with pytest.raises(UserError, match=r"layers of several kinds \(full_attention, sliding_attention\)"):
+        check_suitable(mixed, zero_stage=1, masks_documents=True)
+    check_suitable(config_of("mistral", sliding_window=4096), zero_stage=1, masks_documents=True)
+
+
+def test_a_window_that_no_layer_has_is_none() -> None:
+    window = {"use_sliding_window": True, "sliding_window": 64}
+    assert sliding_window(config_of("qwen2", **SMALL, **window, max_window_layers=2)) is None
+    assert sliding_window(config_of("qwen2", **SMALL, **window, max_window_layers=0)) == 64
+    assert sliding_window(config_of("mistral", sliding_window=64)) == 64
 
 
 def test_looking_leaves_torchs_random_state_alone() -> None:
