@@ -6,6 +6,8 @@ import re
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
+from dsllm.spec.config_keys import is_size, known_keys
+
 if TYPE_CHECKING:
     from dsllm.spec.sections import AnyModel, AutoModel, Data, Model, Source, Spec, Tokenizer, Training
 
@@ -34,7 +36,8 @@ def vocab_size(model: AnyModel, tokenizer: Tokenizer) -> int | None:
     """Tokens that the model knows, before padding; None where neither section tells."""
     size = model.vocab_size or tokenizer_vocab_size(tokenizer)
     if size is None and model.family == "auto":
-        return written_config(model).get("vocab_size")
+        written = written_config(model).get("vocab_size")
+        return written if is_size(written) else None
     return size
 
 
@@ -95,7 +98,9 @@ def max_positions(model: AnyModel) -> int | None:
     if model.family != "auto":
         return model.max_position_embeddings
     config = written_config(model)
-    return config.get("max_position_embeddings") or config.get("n_positions")  # the latter is GPT-2's name
+    keys = known_keys(config) or config
+    limits = (keys.get("max_position_embeddings"), keys.get("n_positions"))  # the latter is GPT-2's name
+    return next((limit for limit in limits if is_size(limit)), None)
 
 
 def train_steps(training: Training, tokens_per_step: int) -> int:
