@@ -16,7 +16,10 @@ from dsllm.errors import SpecError, UserError
 from dsllm.model.build import build_model, model_config
 from dsllm.model.configs import auto_config, with_written_config
 from dsllm.model.shapes import shape_of
+from dsllm.model.trace import trace
+from dsllm.plan.activations import activations
 from dsllm.plan.model_shape import has_formula, model_shape
+from dsllm.plan.workload import workload
 from dsllm.spec.config_keys import DEFAULTS
 from dsllm.spec.derived import dropout
 from dsllm.spec.load import dump_spec, load_spec, parse_spec
@@ -293,3 +296,31 @@ def test_the_rules_hold_for_what_a_folder_says(tmp_path: Path) -> None:
     LlamaConfig(**{**SMALL, "max_position_embeddings": 16}).save_pretrained(tmp_path)
     with pytest.raises(SpecError, match=r"batch\.sequence_length: given 256; the model reads at most"):
         spec_of(str(tmp_path))
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "olmo2", **SMALL},
+        NEOX,
+        {
+            "model_type": "qwen3_moe",
+            **SMALL,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "intermediate_size": 1024,
+            "moe_intermediate_size": 128,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+        },
+    ],
+    ids=["olmo2", "gpt_neox", "qwen3_moe"],
+)
+def test_activations_of_a_type_without_a_formula_do_not_fall_short(config: dict[str, object]) -> None:
+    spec = spec_of(config, "batch={sequence_length: 128, micro_batch_size: 4, global_batch_size: 4}")
+    run = workload(spec, shape=shape_of(spec))
+    traced = trace(model_config(spec), run, 4, "cuda").activations
+    assert traced.saved_bytes <= activations(run, 4, "cuda").saved_bytes < 2.5 * traced.saved_bytes

@@ -63,6 +63,11 @@ class ModelShape:
         return "gpt2" if self.family == "gpt2" else "llama"
 
     @property
+    def activation_slack(self) -> float:
+        """What predicted activations are multiplied with, so that none falls short."""
+        return 1.0
+
+    @property
     def query_size(self) -> int:
         """Width of the queries of a token, all heads together."""
         return self.num_attention_heads * self.head_size

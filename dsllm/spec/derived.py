@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +74,11 @@ DROPOUT_DEFAULTS = dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "opt", "xglm", 
 
 def dropout(model: AnyModel) -> float:
     """Of residuals and attention in training, the largest."""
-    if model.family != "auto":
-        return model.dropout
-    config = written_config(model)
+    return dropout_of(written_config(model)) if model.family == "auto" else model.dropout
+
+
+def dropout_of(config: Mapping[str, Any]) -> float:
+    """The same of a configuration of transformers."""
     rates = [
         rate
         for key, rate in config.items()
