@@ -80,7 +80,7 @@ def build_skeleton(config: PretrainedConfig, name: str) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             skeleton = build_model(deepcopy(config), torch.float32)  # which writes the type into its configuration
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # of a type that has no such class
         raise UserError(f"{name}: no causal language model ({first_line(error)}); give one") from error
     buffers = skeleton.state_dict().keys() - dict(skeleton.named_parameters(remove_duplicate=False)).keys()
     if buffers:

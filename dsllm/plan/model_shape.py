@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dsllm.errors import UserError
 from dsllm.plan.config_sizes import config_sizes
-from dsllm.spec.derived import experts, written_config
+from dsllm.spec.derived import config_source, experts, written_config
 from dsllm.units import round_up
 
 if TYPE_CHECKING:
-    from dsllm.spec.sections import AutoModel, Model, Spec
+    from dsllm.spec.sections import Model, Spec
 
 Style = Literal["gpt2", "llama"]
 """How a block is made: layer norms, biases, learned positions and two feed-forward matrices; or RMS norms, rotary
@@ -61,6 +61,11 @@ class ModelShape:
     @property
     def style(self) -> Style:
         return "gpt2" if self.family == "gpt2" else "llama"
+
+    @property
+    def activation_slack(self) -> float:
+        """What predicted activations are multiplied with, so that none falls short."""
+        return 1.0
 
     @property
     def query_size(self) -> int:
@@ -184,11 +189,17 @@ def model_shape(spec: Spec) -> ModelShape:
     model = spec.model
     padded_vocab_size = round_up(spec.vocab_size, model.vocab_padding_multiple)
     if model.family == "auto":
-        sizes = config_sizes(written_config(model))
+        config = written_config(model)
+        if not config:
+            raise UserError(
+                f"model.config: given '{config_source(model)[0]}', no folder here: its sizes are known when it has "
+                "been read from the Hub; give a folder that has a config.json, or read it where transformers is"
+            )
+        sizes = config_sizes(config)
         if sizes is None:
             raise UserError(
-                f"model.config: {_named(model)}, whose sizes no formula here has: they are traced, which needs torch; "
-                "pip install 'dsllm[train]'"
+                f"model.config: model type {config.get('model_type')}, whose sizes no formula here has: they are "
+                "traced, which needs torch; pip install 'dsllm[train]'"
             )
         return ModelShape(**sizes, vocab_size=spec.vocab_size, padded_vocab_size=padded_vocab_size)
     num_experts, num_experts_per_token = experts(model)
@@ -210,11 +221,6 @@ def model_shape(spec: Spec) -> ModelShape:
         num_experts_per_token=num_experts_per_token,
         sliding_window=model.sliding_window,
     )
-
-
-def _named(model: AutoModel) -> str:
-    config = written_config(model)
-    return f"model type {config.get('model_type')}" if config else f"given {model.config!r}, no folder here"
 
 
 def has_formula(spec: Spec) -> bool:
