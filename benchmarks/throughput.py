@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from measure import describe_machine, settled_median, start_ranks, steps_argument, write_results
+from measure import RESULTS, describe_machine, settled_median, start_ranks, steps_argument, write_results
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +38,10 @@ ACCUMULATION = 4
 """Micro-batches of a step: the optimizer's part of it is then near that of a real run."""
 LEAST_SECONDS = 30.0
 """A case is not begun where less is left of the time limit."""
+
+LOGS = RESULTS / "logs"
+"""All that the ranks of each case printed, the last time that it ran."""
+FAULT = re.compile(r"(Error|Exception)(:|$)|out of memory", re.MULTILINE)
 
 NO_NETWORK = ["data.sources=[{kind: python-stdlib}]", "logging.wandb=null"]
 PRESETS = {
@@ -115,11 +119,13 @@ def measure_all(args: argparse.Namespace, num_ranks: int, folder: Path, console:
                 row["failure"] = "not begun: the time limit"
             else:
                 with console.status(f"{preset}, {case}"):
-                    row |= measure_case(
-                        preset, case, args, num_ranks, folder / f"{preset}-{len(case)}-{case[:3]}", left
-                    )
+                    row |= measure_case(preset, case, args, num_ranks, folder / file_name(preset, case), left)
             console.print(f"{preset}, {case}: {summary(row)}", markup=False, highlight=False)
             yield row
+
+
+def file_name(preset: str, case: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", f"{preset} {case}".lower())
 
 
 def measure_case(
@@ -127,7 +133,8 @@ def measure_case(
 ) -> dict[str, Any]:
     """What one case came to; its failure in a line where it failed."""
     overrides = overrides_of(preset, case, args, num_ranks)
-    spec, output, log = load_spec(preset, overrides), path.with_suffix(".json"), path.with_suffix(".log")
+    spec, output, log = load_spec(preset, overrides), path.with_suffix(".json"), LOGS / f"{path.name}.log"
+    LOGS.mkdir(parents=True, exist_ok=True)
     try:
         if case == TRAINER:
             script, arguments = "benchmarks/hf_trainer.py", trainer_arguments(spec, args, num_ranks, path)
@@ -138,10 +145,21 @@ def measure_case(
             arguments += ["--profile"] if args.profile and case == "everything on" else []
         start_ranks(script, [*arguments, "--output", str(output)], num_ranks, log, args.device, seconds)
     except DsllmError as error:
-        return {"failure": str(error).strip().splitlines()[-1][:200]}
+        return {"failure": reason(error, log)}
     found = json.loads(output.read_text())
     found = {"step_seconds": found} if isinstance(found, list) else found
     return {**rates(spec, found.pop("step_seconds"), args.device, num_ranks), **found}
+
+
+def reason(error: DsllmError, log: Path) -> str:
+    """Why a case failed, in a line: the last error in its log that is a rank's, since the launcher's own words come
+    after it and say only that a rank ended."""
+    first, *more = str(error).splitlines()
+    if not more:  # stopped from here, so that the log says nothing of it
+        return first
+    lines = log.read_text(errors="replace").splitlines()
+    faults = [line.strip() for line in lines if FAULT.search(line) and "launch.py" not in line]
+    return faults[-1][:200] if faults else f"{first} {log}"
 
 
 def overrides_of(preset: str, case: str, args: argparse.Namespace, num_ranks: int) -> list[str]:

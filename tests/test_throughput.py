@@ -50,7 +50,7 @@ def test_seconds_of_a_group_add_up_and_the_longest_comes_first() -> None:
 @pytest.mark.slow  # three starts of DeepSpeed
 @pytest.mark.timeout(600)
 def test_the_script_runs_from_end_to_end_and_leaves_no_results_of_a_cpu() -> None:
-    before = {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").glob("*.json")}
     cases = ["everything on", "loss plain", "Hugging Face Trainer"]
     command = [sys.executable, "benchmarks/throughput.py", "--preset", "quickstart", "--device", "cpu", "--steps", "7"]
     command += [part for case in cases for part in ("--case", case)]
@@ -63,7 +63,7 @@ def test_the_script_runs_from_end_to_end_and_leaves_no_results_of_a_cpu() -> Non
         assert "tokens/s" in line
     assert "times the Hugging Face Trainer" in ended.stdout
     assert "by kernel:" in ended.stdout
-    assert {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").glob("*.json")} == before
 
 
 def test_a_case_that_takes_too_long_is_stopped_with_its_ranks(tmp_path: Path) -> None:
@@ -77,6 +77,29 @@ def test_a_case_that_takes_too_long_is_stopped_with_its_ranks(tmp_path: Path) ->
         start_ranks(str(script), [], 1, tmp_path / "log", "cpu", 6)
     commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if str(script) in command]
+
+
+LOG = """[2026-01-01 00:00:00,000] [INFO] [launch.py:147:main] WORLD INFO DICT: {'localhost': [0]}
+[rank0]: Traceback (most recent call last):
+[rank0]:   File "benchmarks/throughput_ranks.py", line 60, in take
+[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.
+[2026-01-01 00:00:09,000] [INFO] [launch.py:337:sigkill_handler] Killing subprocess 4711
+[2026-01-01 00:00:09,000] [ERROR] [launch.py:343:sigkill_handler] ['python', '-Error:'] exits with return code = 1
+"""
+
+
+def test_a_case_that_fails_says_why_in_the_words_of_its_rank_and_not_of_the_launcher(tmp_path: Path) -> None:
+    from throughput import reason
+
+    from dsllm.errors import DsllmError
+
+    log = tmp_path / "log"
+    log.write_text(LOG)
+    failed = DsllmError(f"script.py exited with 1; the end of its log:\n{LOG}")
+    assert reason(failed, log) == "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    log.write_text("Killed\n")
+    assert reason(failed, log) == f"script.py exited with 1; the end of its log: {log}"
+    assert reason(DsllmError("script.py was stopped after 6 s"), log) == "script.py was stopped after 6 s"
 
 
 @pytest.mark.skipif("torch" in sys.modules and sys.modules["torch"].cuda.is_available(), reason="there is a GPU")
