@@ -23,7 +23,14 @@ KERNELS = {
     "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>": "optimizer",
     "ncclDevKernel_AllReduce_Sum_bf16_RING_LL": "communication",
     "Memcpy HtoD (Pinned -> Device)": "copies",
-    "triton_poi_fused_add_gelu_3": "elementwise",
+    "triton_poi_fused_add_gelu_3": "compiled",
+    "triton_poi_fused__to_copy_mul_silu_2": "compiled",
+    "triton_per_fused__to_copy_add_native_layer_norm_0": "compiled",
+    "triton_red_fused__to_copy_mul_sum_5": "compiled",
+    "_triton_rope": "elementwise",
+    "element_mul_kernel": "loss",
+    "splitKreduce_kernel": "matmul",
+    "aten::_to_copy": "copies",
     "something_new": "other",
 }
 
