@@ -192,9 +192,7 @@ def peak_flops(device: str) -> float | None:
     """Of one card, dense, in 16 bits; None where the catalogue does not have it."""
     if device == "cpu":
         return None
-    import torch
-
-    gpu = gpu_of_device(torch.cuda.get_device_name(0))
+    gpu = gpu_of_device(local_gpus()[0].name)  # torch would open a context here, and hold its memory beside the ranks'
     return gpu.peak_flops if gpu else None
 
 
