@@ -54,9 +54,10 @@ PRESETS = {
 """Micro-batch and overrides of each."""
 
 ON = ["training.compile=true", "training.loss=auto", "training.kernels=auto", "training.tf32=true"]
+ALL_ON = "everything on"
 TRAINER = "Hugging Face Trainer"
 CASES: dict[str, list[str]] = {
-    "everything on": [],
+    ALL_ON: [],
     "blocks not compiled": ["training.compile=false"],
     "nor liger's kernels": ["training.compile=false", "training.kernels=torch"],
     "loss in chunks": ["training.loss=chunked"],
@@ -105,6 +106,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.preset = args.preset or [preset for preset in PRESETS if preset != "quickstart"]
     args.case = args.case or list(CASES)
+    if args.profile and ALL_ON not in args.case:
+        parser.error(f"--profile is of the case '{ALL_ON}', which --case leaves out; add --case '{ALL_ON}'")
     return args
 
 
@@ -142,7 +145,7 @@ def measure_case(
             script = "benchmarks/throughput_ranks.py"
             arguments = ["--spec", preset, "--steps", str(args.steps)]
             arguments += [part for override in overrides for part in ("--set", override)]
-            arguments += ["--profile"] if args.profile and case == "everything on" else []
+            arguments += ["--profile"] if args.profile and case == ALL_ON else []
         start_ranks(script, [*arguments, "--output", str(output)], num_ranks, log, args.device, seconds)
     except DsllmError as error:
         return {"failure": reason(error, log)}
@@ -170,9 +173,10 @@ def overrides_of(preset: str, case: str, args: argparse.Namespace, num_ranks: in
 
 
 def trainer_arguments(spec: Spec, args: argparse.Namespace, num_ranks: int, path: Path) -> list[str]:
-    """The Trainer's own loss and model, on dsllm's JSON, shapes and steps."""
+    """The Trainer's own loss and model, on dsllm's JSON, shapes and steps; with AdamW, the only one in a JSON."""
     ds_config, model = path.with_suffix(".ds.json"), path.with_suffix(".model")
-    ds_config.write_text(json.dumps(build_ds_config(spec, num_ranks, args.device)))
+    with_adamw = spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"name": "adamw"})})
+    ds_config.write_text(json.dumps(build_ds_config(with_adamw, num_ranks, args.device)))
     model_config(spec).save_pretrained(model)
     sizes = ["--sequence-length", str(spec.batch.sequence_length), "--steps", str(args.steps)]
     recomputes = ["--gradient-checkpointing"] if spec.training.activation_checkpointing == "full" else []
@@ -216,7 +220,7 @@ def show(console: Console, rows: list[dict[str, Any]], card: str, num_ranks: int
     shown = Table(
         "preset", "case", "tokens/s", "of all on", "MFU", "peak memory", "predicted", title=f"{num_ranks} x {card}"
     )
-    on = {row["preset"]: row.get("tokens_per_second") for row in rows if row["case"] == "everything on"}
+    on = {row["preset"]: row.get("tokens_per_second") for row in rows if row["case"] == ALL_ON}
     for row in rows:
         rate, base = row.get("tokens_per_second"), on.get(row["preset"])
         shown.add_row(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -107,6 +109,29 @@ def test_a_case_that_fails_says_why_in_the_words_of_its_rank_and_not_of_the_laun
     log.write_text("Killed\n")
     assert reason(failed, log) == f"script.py exited with 1; the end of its log: {log}"
     assert reason(DsllmError("script.py was stopped after 6 s"), log) == "script.py was stopped after 6 s"
+
+
+def test_the_trainer_is_given_adamw_where_the_engine_has_muon(tmp_path: Path) -> None:
+    from throughput import TRAINER, overrides_of, trainer_arguments
+
+    from dsllm.spec.load import load_spec
+
+    given = ["optimizer.name=muon", "optimizer.muon_learning_rate=0.01"]
+    args = argparse.Namespace(steps=7, device="cpu", micro_batch_size=None, set=given)
+    spec = load_spec("quickstart", overrides_of("quickstart", TRAINER, args, 1))
+    trainer_arguments(spec, args, 1, tmp_path / "case")
+    assert json.loads((tmp_path / "case.ds.json").read_text())["optimizer"]["type"] == "AdamW"
+
+
+def test_a_profile_without_the_case_that_it_is_of_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from throughput import parse_arguments
+
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--profile", "--case", "Muon"])
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments()
+    assert "--profile is of the case 'everything on', which --case leaves out" in capsys.readouterr().err
 
 
 @pytest.mark.skipif("torch" in sys.modules and sys.modules["torch"].cuda.is_available(), reason="there is a GPU")
