@@ -117,7 +117,10 @@ def orthogonalized(matrix: torch.Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> to
 
 
 def _update(direction: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    return orthogonalized(direction) * matrix.scale
+    """In place; of stacked experts one at a time, so that copies are of one and not of all."""
+    for one in direction.view(-1, *matrix.shape[-2:]):
+        one.copy_(orthogonalized(one))
+    return direction.mul_(matrix.scale)
 
 
 def _scale(shape: Iterable[int], is_transposed: bool) -> float:

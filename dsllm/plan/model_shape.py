@@ -26,6 +26,10 @@ class Tensor(NamedTuple):
     is_matrix: bool
     is_muons: bool = False
     """Whether it is Muon's, which is a group of its own."""
+    smaller_side: int = 0
+    """Of a block's matrix, or of each in a stack of them."""
+    stacked: int = 1
+    """Matrices in one tensor, as those of experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,16 +164,16 @@ def _gated_feed_forward(shape: ModelShape) -> list[Tensor]:
     hidden, inner, experts = shape.hidden_size, shape.intermediate_size, shape.num_experts
     if not experts:
         return _matrix(hidden, inner) * 3
-    return [*_matrix(experts, hidden), *_matrix(experts * 2 * inner, hidden), *_matrix(experts * inner, hidden)]
+    return [*_matrix(experts, hidden), *_matrix(2 * inner, hidden, experts), *_matrix(hidden, inner, experts)]
 
 
-def _matrix(rows: int, columns: int) -> list[Tensor]:
-    return [Tensor(rows * columns, True)]
+def _matrix(rows: int, columns: int, stacked: int = 1) -> list[Tensor]:
+    return [Tensor(stacked * rows * columns, True, smaller_side=min(rows, columns), stacked=stacked)]
 
 
 def _linear(rows: int, columns: int) -> list[Tensor]:
     """A matrix and its bias."""
-    return [Tensor(rows * columns, True), Tensor(columns, False)]
+    return [*_matrix(rows, columns), Tensor(columns, False)]
 
 
 def _norm(shape: ModelShape) -> list[Tensor]:
