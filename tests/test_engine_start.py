@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from types import NoneType
+from types import NoneType, SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import FusedAdam
 
-from dsllm.engine import start
+from dsllm.engine import muon, ranks, start
 from dsllm.engine.optimizer import SkippingAdamW, own_optimizer, parameter_groups
 from dsllm.engine.start import allow_tf32, check_precision, kernels, loss_implementation
 from dsllm.errors import UserError
@@ -29,6 +29,20 @@ def test_a_precision_that_the_device_lacks_is_the_users_mistake_and_names_those_
         pytest.skip("this device computes in fp16")
     with pytest.raises(UserError, match=r"^training.precision: given fp16, in which this cpu cannot compute; set"):
         check_precision("fp16")
+
+
+@ON_A_CPU
+def test_a_gpu_that_only_emulates_bf16_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch asks a V100, and what that answers."""
+    monkeypatch.setattr(ranks, "device_type", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported(), "torch counts emulation"
+    with pytest.raises(UserError, match=r"^training.precision: given bf16, in which this .* cannot compute; set it to"):
+        check_precision("bf16")
+    assert muon._arithmetic(torch.bfloat16) == torch.float32
 
 
 def test_fp32_runs_anywhere() -> None:

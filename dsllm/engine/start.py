@@ -13,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 from dsllm.engine import muon
 from dsllm.engine.optimizer import own_optimizer, parameter_groups
-from dsllm.engine.ranks import device_type
+from dsllm.engine.ranks import device_type, has_bf16
 from dsllm.engine.starting_point import StartingPoint
 from dsllm.errors import UserError
 from dsllm.model.build import (
@@ -141,7 +141,7 @@ def allow_tf32(is_allowed: bool) -> None:
 def check_precision(precision: Precision) -> None:
     """Raises UserError where this device, or this CPU, has no arithmetic of that type: bf16 on a V100, for one."""
     accelerator = get_accelerator()
-    supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported, "fp32": lambda: True}
+    supported = {"bf16": has_bf16, "fp16": accelerator.is_fp16_supported, "fp32": lambda: True}
     if not supported[precision]():
         others = " or ".join(name for name, is_supported in supported.items() if is_supported())
         raise UserError(
