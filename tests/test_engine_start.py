@@ -12,7 +12,7 @@ from deepspeed.ops.adam import FusedAdam
 
 from dsllm.engine import muon, ranks, start
 from dsllm.engine.optimizer import SkippingAdamW, own_optimizer, parameter_groups
-from dsllm.engine.start import allow_tf32, check_precision, kernels, loss_implementation
+from dsllm.engine.start import allow_tf32, check_precision, kernels, loss_implementation, lost_speed
 from dsllm.errors import UserError
 from dsllm.model.build import build_model, model_config
 from dsllm.model.initialize import initialize_weights
@@ -80,6 +80,13 @@ def test_a_family_that_liger_kernel_does_not_have_is_refused_by_name(monkeypatch
     monkeypatch.setattr(start, "device_type", lambda: "cuda")
     with pytest.raises(UserError, match=r"^training.kernels: given liger, which has none for the family gpt_neox"):
         kernels(load_spec("quickstart", ["model.family=llama", "training.kernels=liger"]), "gpt_neox")
+
+
+@pytest.mark.parametrize(("stage", "is_compiled"), [(2, True), (3, False), (3, True)])
+def test_compiled_blocks_at_stage_3_are_warned_of_since_hooks_cut_them(stage: int, is_compiled: bool) -> None:
+    spec = load_spec("quickstart", [f"zero={{stage: {stage}}}", f"training.compile={str(is_compiled).lower()}"])
+    lost = [line for line in lost_speed(spec) if "whose hooks cut each block into pieces" in line]
+    assert len(lost) == (stage == 3 and is_compiled)
 
 
 @ON_A_CPU

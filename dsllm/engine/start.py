@@ -85,6 +85,12 @@ def lost_speed(spec: Spec) -> Iterator[str]:
     is_automatic = "auto" in (training.kernels, training.loss)
     if is_automatic and device_type() == "cuda" and liger_is_installed() and liger_fault() is not None:
         yield f"liger-kernel is installed and cannot be imported ({liger_fault()}): torch's kernels take its place"
+    if training.compile and spec.zero.stage == 3:
+        # forward and backward hooks of every module with parameters, which dynamo does not trace (parameter_offload.py)
+        yield (
+            "training.compile: true with zero.stage 3, whose hooks cut each block into pieces, so that little is "
+            "fused; set it to false, or take a lower stage"
+        )
 
 
 def loss_implementation(spec: Spec) -> LossImplementation:
