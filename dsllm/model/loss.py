@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, masking_utils
 
 from dsllm.data.samples import IGNORED_LABEL
 from dsllm.model.balance import balance_of, with_gradient_of
-from dsllm.model.cuda_kernels import replaced
 from dsllm.model.document_mask import document_mask, sliding_window
+from dsllm.model.replaced import replaced
 from dsllm.plan.activations import CHUNK_LOGITS_BYTES, PRODUCT_BYTES
 from dsllm.plan.workload import LossImplementation
 

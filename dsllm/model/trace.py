@@ -37,9 +37,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dsllm.errors import UserError
 from dsllm.model.build import DTYPES, build_model, enable_activation_checkpointing
 from dsllm.model.configs import check_is_causal, num_experts
-from dsllm.model.cuda_kernels import cuda_kernels, replaced
+from dsllm.model.cuda_kernels import cuda_kernels
 from dsllm.model.ledger import Ledger
 from dsllm.model.loss import TrainingModel
+from dsllm.model.replaced import replaced
 from dsllm.plan.activations import Activations
 from dsllm.plan.model_shape import ModelShape, Tensor
 from dsllm.plan.workload import CHECKPOINTED_BLOCKS, Device, Workload
@@ -272,7 +273,7 @@ def _shape(model: PreTrainedModel, vocab_size: int | None = None) -> TracedShape
         tie_word_embeddings=embedding is head.weight,
         num_experts=num_experts(config),
         num_experts_per_token=getattr(config, "num_experts_per_tok", 0) if num_experts(config) else 0,
-        traced_tensors=tuple(Tensor(weight.numel(), weight.ndim >= 2) for weight in model.parameters()),
+        traced_tensors=tuple(Tensor.of(weight.shape) for weight in model.parameters()),
         embedding_elements=embedding.numel(),
         block_elements=max(sum(weight.numel() for weight in block.parameters()) for block in _blocks(model)),
         expert_elements=sum(weight.numel() for name, weight in model.named_parameters() if ".experts." in name),

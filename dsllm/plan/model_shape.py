@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dsllm.errors import UserError
@@ -26,6 +28,17 @@ class Tensor(NamedTuple):
     is_matrix: bool
     is_muons: bool = False
     """Whether it is Muon's, which is a group of its own."""
+    smaller_side: int = 0
+    """Of a matrix, or of each in a stack of them."""
+    stacked: int = 1
+    """Matrices in one tensor, as those of experts."""
+
+    @classmethod
+    def of(cls, sizes: Sequence[int]) -> Tensor:
+        """A vector, a matrix, or where there are more than two sizes a stack of matrices."""
+        if len(sizes) < 2:
+            return cls(prod(sizes), False)
+        return cls(prod(sizes), True, smaller_side=min(sizes[-2:]), stacked=prod(sizes[:-2]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +144,8 @@ class ModelShape:
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         """Every allocated parameter once, in the order of transformers' modules."""
-        embedding = Tensor(self.embedding_parameters, True)
-        positions = [Tensor(self.position_parameters, True)] if self.position_parameters else []
+        embedding = Tensor.of((self.embedding_parameters // self.hidden_size, self.hidden_size))
+        positions = [Tensor.of((self.max_position_embeddings, self.hidden_size))] if self.position_parameters else []
         head = [] if self.tie_word_embeddings else [embedding]
         return (embedding, *positions, *self.block_tensors * self.num_layers, *_norm(self), *head)
 
@@ -165,16 +178,16 @@ def _gated_feed_forward(shape: ModelShape) -> list[Tensor]:
     hidden, inner, experts = shape.hidden_size, shape.intermediate_size, shape.num_experts
     if not experts:
         return _matrix(hidden, inner) * 3
-    return [*_matrix(experts, hidden), *_matrix(experts * 2 * inner, hidden), *_matrix(experts * inner, hidden)]
+    return [*_matrix(experts, hidden), Tensor.of((experts, 2 * inner, hidden)), Tensor.of((experts, hidden, inner))]
 
 
 def _matrix(rows: int, columns: int) -> list[Tensor]:
-    return [Tensor(rows * columns, True)]
+    return [Tensor.of((rows, columns))]
 
 
 def _linear(rows: int, columns: int) -> list[Tensor]:
     """A matrix and its bias."""
-    return [Tensor(rows * columns, True), Tensor(columns, False)]
+    return [*_matrix(rows, columns), Tensor(columns, False)]
 
 
 def _norm(shape: ModelShape) -> list[Tensor]:
