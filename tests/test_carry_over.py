@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dsllm.errors import SpecError, UserError
 from dsllm.model.build import DTYPES, build_model, model_config
-from dsllm.model.carry_over import open_carry_over
+from dsllm.model.carry_over import CarryOver, open_carry_over
 from dsllm.model.configs import with_written_config
+from dsllm.model.source import Source
 from dsllm.model.source_tokenizer import refuse_another_tokenizer, tokens_by_id
+from dsllm.model.vocabulary_rows import VocabularyRows
 from dsllm.spec.load import dump_spec, load_spec
 from dsllm.spec.sections import Spec
 from tests.small_models import BLOCKS, origins, small_config, spec_model, write_model, write_tokenizer
@@ -321,12 +323,13 @@ def test_another_family_is_refused_by_its_name(tmp_path: Path) -> None:
     ]
 
 
-def test_weights_that_are_not_of_their_configuration_are_refused(tmp_path: Path) -> None:
+def test_a_model_of_another_width_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
     write_model(tmp_path, small_config("gpt2"))
-    GPT2Config(**{**small_config("gpt2").to_dict(), "n_inner": 512}).save_pretrained(tmp_path)
-    assert refusal(spec_from(tmp_path, "gpt2", 3, None, "model.intermediate_size=512")) == (
-        f"{tmp_path}: transformer.h.0.mlp.c_fc.weight is 64 x 256 where its config.json means 64 x 512; bring the two "
-        "together from one model"
+    with pytest.raises(UserError) as refused:
+        CarryOver(Source(tmp_path), small_config("gpt2", n_inner=512), None, VocabularyRows(500, 500, 500, 500))
+    assert str(refused.value) == (
+        f"{tmp_path}: transformer.h.0.mlp.c_fc.weight is 64 x 256, and transformer.h.0.mlp.c_fc.weight of the model is "
+        "to be 64 x 512; give the spec the model's own sizes"
     )
 
 

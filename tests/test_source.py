@@ -138,8 +138,20 @@ def test_quantised_weights_are_refused(folder: Path) -> None:
 
 
 def test_a_model_that_predicts_no_next_token_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    assert ": no causal language model (" in refusal(tmp_path)
+    for model_type in ("vit", "bert", "t5"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        assert f": model type {model_type} is no decoder that predicts the next token; " in refusal(tmp_path)
+
+
+def test_a_model_of_which_text_is_only_a_part_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^gemma: its configuration holds others, as that of a model of text and imag"):
+        build_skeleton(AutoConfig.for_model("gemma3"), "gemma")
+
+
+def test_a_configuration_of_which_no_model_can_be_built_is_refused(folder: Path) -> None:
+    keys = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**keys, "hidden_act": "no-such"}))
+    assert ": transformers builds no model of its config.json (" in refusal(folder)
 
 
 def test_a_model_with_state_that_is_no_weight_is_refused() -> None:
@@ -194,6 +206,19 @@ def test_weights_that_are_missing_are_counted_and_the_first_is_named(tmp_path: P
         f"{tmp_path}: 3 of its model's 29 weights are not in its files, first model.layers.1.mlp.gate_proj.weight; "
         "complete the folder, or take the model's whole one"
     )
+
+
+def test_weights_of_another_width_than_the_configuration_says_are_refused(folder: Path) -> None:
+    AutoConfig.from_pretrained(folder, intermediate_size=512).save_pretrained(folder)
+    assert refusal(folder) == (
+        f"{folder}: model.layers.0.mlp.gate_proj.weight is 256 x 64 where its config.json means 512 x 64; bring the "
+        "two together from one model"
+    )
+
+
+def test_weights_of_another_vocabulary_than_the_configuration_says_are_refused(folder: Path) -> None:
+    AutoConfig.from_pretrained(folder, vocab_size=512).save_pretrained(folder)
+    assert ": model.embed_tokens.weight is 500 x 64 where its config.json means 512 x 64; " in refusal(folder)
 
 
 def test_tied_weights_that_differ_on_disk_are_refused(tmp_path: Path) -> None:

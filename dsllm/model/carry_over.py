@@ -12,7 +12,7 @@ from dsllm.errors import UserError
 from dsllm.model.build import model_config
 from dsllm.model.depth import blocks_name, with_layers
 from dsllm.model.same_network import refuse_another_network
-from dsllm.model.source import Source, build_skeleton
+from dsllm.model.source import Source, build_skeleton, by
 from dsllm.model.source_files import find_folder
 from dsllm.model.source_tokenizer import tokens_by_id
 from dsllm.model.vocabulary_rows import VocabularyRows, vocabulary_rows
@@ -73,8 +73,8 @@ class CarryOver:
         cut = 1 if name in self._vocabulary or name in self._positions else 0
         if shape[cut:] != theirs[cut:]:
             raise UserError(
-                f"{folder}: {origin} is {_by(theirs)} where its config.json means {_by(shape)}; bring the two "
-                "together from one model"
+                f"{folder}: {origin} is {by(theirs)}, and {name} of the model is to be {by(shape)}; give the spec the "
+                "model's own sizes"
             )
 
 
@@ -105,7 +105,3 @@ def _vocabulary_names(model: PreTrainedModel) -> set[str]:
 def _embedding_names(model: PreTrainedModel) -> set[str]:
     """Tables of tokens and of learned positions."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
-
-
-def _by(shape: torch.Size) -> str:
-    return " x ".join(map(str, shape))

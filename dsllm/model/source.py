@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from dsllm.errors import UserError
 from dsllm.model.build import build_model
+from dsllm.model.configs import check_is_causal
 from dsllm.model.conversion import Conversion
 from dsllm.model.source_files import Tensors, first_line, weight_files
 
@@ -27,6 +29,7 @@ class Source:
         self.conversion = Conversion(self.skeleton, self.tensors.shapes)
         self._other_name = _other_names(self.skeleton, self.conversion)
         self._refuse_missing()
+        self._refuse_misshapen()
         self._refuse_untied()
 
     def shape(self, name: str) -> torch.Size | None:
@@ -45,6 +48,14 @@ class Source:
                 f"{self.folder}: {len(missing)} of its model's {len(names)} weights are not in its files, first "
                 f"{missing[0]}; complete the folder, or take the model's whole one"
             )
+
+    def _refuse_misshapen(self) -> None:
+        for name, parameter in self.skeleton.named_parameters():
+            if (found := self.shape(name)) != parameter.shape:
+                raise UserError(
+                    f"{self.folder}: {name} is {by(found)} where its config.json means {by(parameter.shape)}; bring "
+                    "the two together from one model"
+                )
 
     def _refuse_untied(self) -> None:
         """Where the configuration ties two parameters, files may hold both: as one, or they are of another model."""
@@ -76,12 +87,20 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 def build_skeleton(config: PretrainedConfig, name: str) -> PreTrainedModel:
     """The model of a configuration without memory: names and shapes alone. Raises UserError where it is no causal
-    language model, or keeps state that training would not update."""
+    language model, or one beside others, cannot be built, or keeps state that training would not update."""
+    check_is_causal(config, name)
+    if config.get_text_config(decoder=True) is not config:
+        raise UserError(
+            f"{name}: its configuration holds others, as that of a model of text and images does, and dsllm trains the "
+            "text model alone; give one of text"
+        )
     try:
         with torch.device("meta"):
             skeleton = build_model(deepcopy(config), torch.float32)  # which writes the type into its configuration
-    except ValueError as error:
-        raise UserError(f"{name}: no causal language model ({first_line(error)}); give one") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # whatever a type's own class stumbles over
+        raise UserError(
+            f"{name}: transformers builds no model of its config.json ({first_line(error)}); mend the key"
+        ) from error
     buffers = skeleton.state_dict().keys() - dict(skeleton.named_parameters(remove_duplicate=False)).keys()
     if buffers:
         raise UserError(
@@ -89,6 +108,11 @@ def build_skeleton(config: PretrainedConfig, name: str) -> PreTrainedModel:
             "choose another family"
         )
     return skeleton
+
+
+def by(shape: Sequence[int]) -> str:
+    """`(500, 64)` -> `500 x 64`."""
+    return " x ".join(map(str, shape))
 
 
 def _other_names(skeleton: PreTrainedModel, conversion: Conversion) -> dict[str, str]:
