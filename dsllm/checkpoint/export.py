@@ -20,6 +20,7 @@ from dsllm.data.tokenizer import token_count
 from dsllm.errors import CheckpointError, UserError
 from dsllm.model.build import DTYPES, build_model, model_config
 from dsllm.model.positions import num_positions
+from dsllm.model.pretrained import load_pretrained
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Precision, Spec
 
@@ -65,15 +66,24 @@ def export_run(
 
 
 def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of an exported folder, a run, or a checkpoint, on the CPU in fp32."""
-    if (source / "config.json").is_file():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        return model.eval(), AutoTokenizer.from_pretrained(source)
+    """Model and tokenizer of an exported folder, a run, or a checkpoint, on the CPU in fp32.
+
+    Raises UserError, CheckpointError where it is none, or broken.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; give a run, one of its checkpoints, or an exported folder")
+    if is_exported(source):
+        return load_pretrained(source)
     checkpoint, spec = find_run(source)
     model = load_trained(checkpoint, spec, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(run_folder_of(checkpoint) / "tokenizer")
     _set_special_tokens(model, tokenizer)
     return model, tokenizer
+
+
+def is_exported(source: Path) -> bool:
+    """Whether a folder is a plain Hugging Face one, and no run or checkpoint."""
+    return (source / "config.json").is_file()
 
 
 def find_run(run: Path) -> tuple[Path, Spec]:
