@@ -70,20 +70,21 @@ def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     Raises UserError, CheckpointError where it is none, or broken.
     """
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; give a run, one of its checkpoints, or an exported folder")
-    if is_exported(source):
+    checkpoint = checkpoint_of(source)
+    if checkpoint is None:
         return load_pretrained(source)
-    checkpoint, spec = find_run(source)
+    _, spec = find_run(checkpoint)
     model = load_trained(checkpoint, spec, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(run_folder_of(checkpoint) / "tokenizer")
     _set_special_tokens(model, tokenizer)
     return model, tokenizer
 
 
-def is_exported(source: Path) -> bool:
-    """Whether a folder is a plain Hugging Face one, and no run or checkpoint."""
-    return (source / "config.json").is_file()
+def checkpoint_of(source: Path) -> Path | None:
+    """Of a run or checkpoint; None of a Hugging Face folder. Raises UserError for what is neither."""
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; give a run, one of its checkpoints, or an exported folder")
+    return None if (source / "config.json").is_file() else checkpoint_at(source)
 
 
 def find_run(run: Path) -> tuple[Path, Spec]:
