@@ -53,7 +53,8 @@ def _lead(spec: Spec, seen: str) -> str:
     init = spec.model.init
     if isinstance(init, Pretrained):
         return f"which started from {_last_part(init.name)} and was trained on {seen} more with dsllm on DeepSpeed."
-    return f"pre-trained on {seen} with dsllm on DeepSpeed. It goes on with text; it was not taught to follow instructions."
+    skill = "It goes on with text; it was not taught to follow instructions."
+    return f"pre-trained on {seen} with dsllm on DeepSpeed. {skill}"
 
 
 def _metadata(facts: RunFacts, model: PreTrainedModel) -> ModelCardData:
