@@ -196,8 +196,9 @@ def _ask_hellaswag(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, i
 
 
 def _watched(pieces: Iterable[T], number: int, what: str) -> Iterable[T]:
-    """The same pieces, with a bar on a terminal that is gone when they are done."""
+    """The same pieces, with a bar that is gone when they are done; elsewhere than on a terminal there is none."""
     from rich.console import Console
     from rich.progress import track
 
-    return track(pieces, what, total=number, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(pieces, what, total=number, console=console, transient=True, disable=not console.is_terminal)
