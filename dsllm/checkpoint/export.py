@@ -19,6 +19,7 @@ from dsllm.checkpoint.verify import faults_of
 from dsllm.data.tokenizer import token_count
 from dsllm.errors import CheckpointError, UserError
 from dsllm.model.build import DTYPES, build_model, model_config
+from dsllm.model.output_folder import refuse_filled
 from dsllm.model.positions import num_positions
 from dsllm.model.pretrained import load_pretrained
 from dsllm.spec.load import load_spec
@@ -45,8 +46,7 @@ def export_run(
     checkpoint, and where what was written does not give the same logits when it is read back; then nothing stays in
     `output`.
     """
-    if output.is_file() or (output.exists() and any(output.iterdir())):
-        raise UserError(f"{output}: not empty; choose another folder for the exported model, or empty it")
+    refuse_filled(output, "the exported model")
     checkpoint, spec = find_run(run)
     if faults := faults_of(checkpoint):
         raise CheckpointError(f"{checkpoint}: {faults[0]}; export another checkpoint of the run")
