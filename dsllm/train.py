@@ -146,7 +146,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
         ranks.on_rank_0(lambda: check_same_run(spec, checkpoint))
-    start = open_starting_point(spec) if checkpoint is None else None  # a run that goes on needs none any more
+    start = open_starting_point(spec, activity) if checkpoint is None else None  # a run that goes on needs none
 
     # What is to be done, on what.
     shape = shape_of(spec)
@@ -267,8 +267,9 @@ def check_start(spec: Spec, run_dir: Path) -> None:
     spec = ranks.on_rank_0(lambda: with_written_config(spec))
     # nothing is read by it: where the spec leaves the micro-batch open, one that always divides will do
     ds_config = build_ds_config(spec, world.size, ranks.device_type(), micro_batch_size=1, shape=shape_of(spec))
-    start = open_starting_point(spec)
-    checks = check_small_model(spec, world, Requests(), Activity())
+    activity = Activity()
+    start = open_starting_point(spec, activity)
+    checks = check_small_model(spec, world, Requests(), activity)
     engine = start_engine(spec, ds_config, start)
     conclude([check_weights(engine.module.causal_lm, start), *checks], folder.checks)
 

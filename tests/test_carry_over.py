@@ -15,6 +15,7 @@ from dsllm.errors import SpecError, UserError
 from dsllm.model.build import DTYPES, build_model, model_config
 from dsllm.model.carry_over import CarryOver, open_carry_over
 from dsllm.model.configs import with_written_config
+from dsllm.model.grow import grow
 from dsllm.model.source import Source
 from dsllm.model.source_tokenizer import refuse_another_tokenizer, tokens_by_id
 from dsllm.model.vocabulary_rows import VocabularyRows
@@ -92,6 +93,22 @@ def test_an_automatic_model_takes_the_sources_configuration_with_the_listed_laye
         assert torch.equal(found[: len(expected)], expected), f"{name} is not {origin}"
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_kinds_of_layers_that_follow_from_their_numbers_go_with_the_layers(tmp_path: Path, family: str) -> None:
+    windows = {"use_sliding_window": True, "max_window_layers": 2} if family == "qwen2" else {}
+    model = write_model(tmp_path, small_config(family, 8, sliding_window=8, **windows))
+    keys = json.loads((tmp_path / "config.json").read_text())
+    kinds = keys.pop("layer_types")
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    assert len(set(kinds)) == 2
+    spec = with_written_config(automatic(tmp_path, "0-3,5,7", IN_FP32, "model.attention=eager"))
+    found, numbers = started(spec), [0, 1, 2, 3, 5, 7]
+    assert found.config.layer_types == [kinds[number] for number in numbers]
+    source = dict(model.named_parameters())
+    for name, origin in origins(list(source), "model.layers", numbers).items():
+        assert torch.equal(found.get_parameter(name)[: len(source[origin])], source[origin]), f"{name} is not {origin}"
+
+
 def test_an_automatic_model_of_layers_that_the_source_has_not_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path, small_config("qwen2"))
     with pytest.raises(UserError, match=r"^model\.init\.layers: given '0-3', with layer 3; .* has layers 0 to 2; name"):
@@ -133,6 +150,36 @@ def test_weights_take_the_precision_of_the_training(tmp_path: Path) -> None:
     source = dict(write_model(tmp_path, small_config("llama")).named_parameters())
     model = started(spec_from(tmp_path, "llama", 3, None, "training.precision=bf16"))
     assert torch.equal(model.model.norm.weight, source["model.norm.weight"].bfloat16())
+
+
+def test_a_type_that_cannot_be_trained_is_refused_as_such(tmp_path: Path) -> None:
+    from transformers import GPTJConfig
+
+    write_model(tmp_path, GPTJConfig(vocab_size=500, n_positions=64, n_embd=64, n_layer=2, n_head=4, rotary_dim=8))
+    spec = with_written_config(automatic(tmp_path, None, "model.attention=eager"))
+    assert refusal(spec).startswith("model.config: model type gptj has no output projection, or one with a bias, ")
+
+
+def test_a_weight_that_the_source_has_not_is_named(tmp_path: Path) -> None:
+    write_model(tmp_path, small_config("llama"))
+    with pytest.raises(UserError, match=r"it has no model\.layers\.0\.self_attn\.q_proj\.bias, of which .* would be"):
+        CarryOver(
+            Source(tmp_path), small_config("llama", attention_bias=True), None, VocabularyRows(500, 500, 500, 500)
+        )
+
+
+@pytest.mark.parametrize(("layers", "where"), [("0,2,3", (2, 1)), ("0,1,1,2", (1, 2))])
+def test_a_layer_of_another_kind_than_its_new_place_is_refused(
+    tmp_path: Path, layers: str, where: tuple[int, int]
+) -> None:
+    write_model(tmp_path / "source", small_config("qwen2_moe", 4, mlp_only_layers=[1], **FEW_EXPERTS))
+    old, new = f"layer {where[0]} of {tmp_path}/source", f"layer {where[1]} of the new model"
+    expected = f"^{old} has mlp\\.[a-z_.]+ where {new} has none, or one of another size; list layers of one kind$"
+    with pytest.raises(UserError, match=expected):
+        grow(str(tmp_path / "source"), tmp_path / "grown", layers, max_shard_bytes=10**9)
+    spec = with_written_config(automatic(tmp_path / "source", layers))
+    with pytest.raises(UserError, match=expected):
+        open_carry_over(spec, spec.model.init)
 
 
 def test_layers_outside_the_source_are_refused(tmp_path: Path) -> None:
@@ -234,6 +281,16 @@ def test_a_folder_without_a_tokenizer_has_no_tokens_and_a_damaged_one_is_refused
         tokens_by_id(tmp_path)
 
 
+def test_code_of_a_tokenizer_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers would ask, and someone say yes
+    write_tokenizer(tmp_path, 5)
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')\n")
+    settings = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r": its tokenizer cannot be read \(.+ contains custom code"):
+        tokens_by_id(tmp_path)
+
+
 # --- the same network -------------------------------------------------------------------------------------------------
 
 
@@ -326,14 +383,18 @@ def test_another_family_is_refused_by_its_name(tmp_path: Path) -> None:
 def test_a_model_of_another_width_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
     write_model(tmp_path, small_config("gpt2"))
     with pytest.raises(UserError) as refused:
-        CarryOver(Source(tmp_path), small_config("gpt2", n_inner=512), None, VocabularyRows(500, 500, 500, 500))
+        CarryOver(Source(tmp_path), small_config("gpt2", n_inner=512), None, ROWS)
     assert str(refused.value) == (
         f"{tmp_path}: transformer.h.0.mlp.c_fc.weight is 64 x 256, and transformer.h.0.mlp.c_fc.weight of the model is "
         "to be 64 x 512; give the spec the model's own sizes"
     )
 
 
+ROWS = VocabularyRows(500, 500, 500, 500)
 IN_FP32 = "training.precision=fp32"
+FEW_EXPERTS = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16
+}  # fmt: skip
 
 
 def refusal(spec: Spec) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from typer.testing import CliRunner
 
@@ -19,6 +22,33 @@ from dsllm.model.grow import grow
 from tests.small_models import BLOCKS, origins, small_config, write_model, write_tokenizer
 
 WHOLE = 10**9
+FILE_BYTES = 32_000_000
+"""Two layers of the model whose growth is watched, so that a file repeats one."""
+GROWS_UNDER_WATCH = """
+import re, sys, threading
+from pathlib import Path
+from dsllm.model.grow import grow
+from dsllm.model.source import Source
+
+def anonymous_bytes():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def watch(ended):
+    while not ended.wait(0.001):
+        peaks.append(anonymous_bytes())
+
+folder, max_shard_bytes = Path(sys.argv[1]), int(sys.argv[2])
+Source(folder / "source")  # imports and what stays of them
+for number, layers in enumerate(sys.argv[3:]):
+    before, peaks, ended = anonymous_bytes(), [0], threading.Event()
+    watcher = threading.Thread(target=watch, args=(ended,))
+    watcher.start()
+    grow(str(folder / "source"), folder / str(number), layers, max_shard_bytes=max_shard_bytes)
+    ended.set()
+    watcher.join()
+    print(max(peaks) - before)
+"""
+"""The most that each list of layers took of memory that is in no file, in a process of its own."""
 
 
 @pytest.mark.parametrize(
@@ -88,6 +118,18 @@ def test_half_precision_stays_as_it_is(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "grown", dtype="auto").dtype == torch.bfloat16
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells how much of a process is in no file")
+def test_no_more_is_in_memory_than_the_layers_that_one_file_repeats(tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "head_dim": 128}
+    write_model(tmp_path / "source", small_config("llama", 6, **shape), WHOLE)
+    cases = ["0-5,0-5", "0,0,0,0,0,0"]
+    command = [sys.executable, "-c", GROWS_UNDER_WATCH, str(tmp_path), str(FILE_BYTES), *cases]
+    once, repeated = map(int, subprocess.check_output(command, text=True, timeout=120).split())
+    assert (tmp_path / "source" / "model.safetensors").stat().st_size > 2 * FILE_BYTES
+    assert once < FILE_BYTES / 4
+    assert FILE_BYTES / 4 < repeated < 1.2 * FILE_BYTES, "a layer of a file is copied for each time but the first"
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +153,20 @@ def test_the_command_prints_what_came_from_where(tmp_path: Path) -> None:
     assert table.endswith(
         f"{128 + 32 * 64 + 500 * 64 + 6 * layer:,} parameters, read back, and each tensor is the source's\n"
     )
+
+
+def test_the_command_tells_of_tensors_that_are_no_part_of_the_model(tmp_path: Path) -> None:
+    write_model(tmp_path / "source", small_config("gpt2"), WHOLE)
+    file = tmp_path / "source" / "model.safetensors"
+    more = {"transformer.h.0.adapter.weight": torch.ones(3, 3), "value_head.weight": torch.ones(1, 64)}
+    save_file({**load_file(file), **more}, file, {"format": "pt"})
+    arguments = ["grow", str(tmp_path / "source"), str(tmp_path / "grown"), "--layers", "0-2", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == (
+        f"{tmp_path}/source: 2 tensors are no part of its model, first transformer.h.0.adapter.weight; left out\n"
+    )
+    assert sum(part["tensors"] for part in json.loads(result.stdout)) == len(load_file(file)) - 2
 
 
 @pytest.mark.parametrize(
@@ -143,7 +199,7 @@ def test_what_is_not_the_same_when_it_is_read_back_is_not_kept(tmp_path: Path, m
     write_model(tmp_path / "source", small_config("llama"))
 
     def save_one_bit_off(tensors: dict[str, torch.Tensor], *given: object, **named: object) -> None:
-        tensors["model.norm.weight"][0] += 1e-6
+        tensors = {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1e-6}
         save_file(tensors, *given, **named)
 
     save_file = grow_module.save_file

@@ -102,6 +102,26 @@ def test_a_name_that_the_hub_cannot_give_is_refused() -> None:
         find_folder("no/such-model")
 
 
+def test_a_run_takes_what_is_downloaded_and_names_the_command_for_what_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--some--small" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("1234")
+    (snapshot / "config.json").write_text("{}")
+    for name, revision, options in [("some/small", None, ""), ("no/such", "v2", " --revision v2")]:
+        with pytest.raises(UserError) as refused:
+            find_folder(name, revision, may_download=False)
+        assert str(refused.value) == (
+            f"{name}: no folder of that name, and not downloaded here, for which every rank would wait; first run "
+            f"hf download {name}{options} on the host of rank 0"
+        )
+    write_model(snapshot, small_config("llama"))
+    assert Source(find_folder("some/small", may_download=False)).config.num_hidden_layers == 3
+
+
 @pytest.mark.parametrize("name", ["run", "global_step40"])
 def test_a_run_is_refused_with_the_command_that_exports_it(tmp_path: Path, name: str) -> None:
     (tmp_path / name / "checkpoints").mkdir(parents=True)
@@ -124,10 +144,21 @@ def test_a_configuration_that_transformers_cannot_read_is_refused(folder: Path, 
     assert ": transformers cannot read its config.json (" in refusal(folder)
 
 
-def test_code_that_a_folder_brings_does_not_run(folder: Path) -> None:
+def test_code_that_a_folder_brings_does_not_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: "y")  # transformers would ask, and someone say yes
     (folder / "evil.py").write_text("raise SystemExit('it ran')\n")
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}))
     assert ": transformers cannot read its config.json (" in refusal(folder)
+
+
+def test_a_type_that_transformers_has_is_its_own_and_not_the_folders(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    (folder / "evil.py").write_text("raise SystemExit('it ran')\n")
+    keys = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**keys, "auto_map": {"AutoConfig": "evil.Evil"}}))
+    assert type(Source(folder).config).__name__ == "LlamaConfig"
 
 
 def test_quantised_weights_are_refused(folder: Path) -> None:

@@ -52,7 +52,7 @@ def export_run(
         raise CheckpointError(f"{checkpoint}: {faults[0]}; export another checkpoint of the run")
     model = load_trained(checkpoint, spec, DTYPES[precision or spec.training.precision])
     tokenizer_folder = run_folder_of(checkpoint) / "tokenizer"
-    _set_special_tokens(model, AutoTokenizer.from_pretrained(tokenizer_folder))
+    _set_special_tokens(model, AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False))
     try:
         model.save_pretrained(output, max_shard_size=max_shard_bytes)
         shutil.copytree(tokenizer_folder, output, dirs_exist_ok=True)  # as it was trained with, to the byte
@@ -75,7 +75,7 @@ def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_pretrained(source)
     _, spec = find_run(checkpoint)
     model = load_trained(checkpoint, spec, torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(run_folder_of(checkpoint) / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(run_folder_of(checkpoint) / "tokenizer", trust_remote_code=False)
     _set_special_tokens(model, tokenizer)
     return model, tokenizer
 

@@ -38,7 +38,9 @@ def grow(
     from dsllm.cli.tables import print_table
     from dsllm.model.grow import grow as grow_model
 
-    parts = grow_model(source, output, layers, revision=revision, max_shard_bytes=round(max_shard_gb * 1e9))
+    parts, unused = grow_model(source, output, layers, revision=revision, max_shard_bytes=round(max_shard_gb * 1e9))
+    if unused:
+        typer.echo(f"{source}: {len(unused)} tensors are no part of its model, first {unused[0]}; left out", err=True)
     if as_json:
         typer.echo(json.dumps([part._asdict() for part in parts], indent=2))
         return

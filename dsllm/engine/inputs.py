@@ -113,7 +113,7 @@ def deal_hellaswag(
 
     Raises DataError for an ending that is longer.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(folder.tokenizer, trust_remote_code=False)
     encoded = encode(items, tokenizer, num_positions(causal_lm.config))
     vocab_size = causal_lm.config.get_text_config().vocab_size
     return deal(batches(encoded, vocab_size, causal_lm.dtype.itemsize), world.rank, world.size)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dsllm.data.tokenizer import load_tokenizer
 from dsllm.engine import ranks
+from dsllm.engine.activity import Activity
 from dsllm.engine.gates.weights import Moments, moments_of
 from dsllm.model.carry_over import CarryOver, open_carry_over
 from dsllm.model.gather import gathered
@@ -28,9 +29,10 @@ FROM_SCRATCH = {"kind": "scratch"}
 class StartingPoint:
     """The model of `model.init`, found to fit the spec. Every rank has one; the files are open on rank 0 alone."""
 
-    def __init__(self, spec: Spec, init: Pretrained) -> None:
+    def __init__(self, spec: Spec, init: Pretrained, activity: Activity) -> None:
         """Collective. Raises UserError, on every rank, for a model that cannot be had, or is another network."""
         self._init = init
+        self._activity = activity
         self._carry_over: CarryOver | None = None
         self._tokens: dict[int, str] | None = None
         self.moments: dict[str, Moments] = {}
@@ -43,8 +45,8 @@ class StartingPoint:
         ranks.on_rank_0(lambda: self._compare_tokenizer(folder))
 
     def set_weights(self, causal_lm: PreTrainedModel) -> None:
-        """Set every parameter in place; collective. Of those that are not partitioned only rank 0's are set, which
-        DeepSpeed sends to the others when its engine starts."""
+        """Set every parameter in place, each a tick; collective. Of those that are not partitioned only rank 0's are
+        set, which DeepSpeed sends to the others when its engine starts."""
         ranks.on_rank_0(self._tell)
         with ranks.together():
             faults = [self._set(name, parameter) for name, parameter in causal_lm.named_parameters()]
@@ -54,6 +56,7 @@ class StartingPoint:
 
     def _set(self, name: str, parameter: Parameter) -> Exception | None:
         """The fault, where there was one; collective where the parameter is partitioned."""
+        self._activity("starting")
         with gathered(parameter, writer=0):
             if self._carry_over is None:
                 return None
@@ -88,10 +91,10 @@ class StartingPoint:
             logger.warning("%s: %d tensors are no part of it, first %s", self._init.name, len(unused), unused[0])
 
 
-def open_starting_point(spec: Spec) -> StartingPoint | None:
+def open_starting_point(spec: Spec, activity: Activity) -> StartingPoint | None:
     """That of a fresh run; None where weights are drawn at random. Collective."""
     init = spec.model.init
-    return StartingPoint(spec, init) if isinstance(init, Pretrained) else None
+    return StartingPoint(spec, init, activity) if isinstance(init, Pretrained) else None
 
 
 def _facts(source: Source, init: Pretrained) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from dsllm.errors import UserError
 from dsllm.model.build import model_config
-from dsllm.model.depth import blocks_name, with_layers
+from dsllm.model.depth import blocks_name, refuse_other_layers, with_layers
 from dsllm.model.same_network import refuse_another_network
 from dsllm.model.source import Source, build_skeleton, by
 from dsllm.model.source_files import find_folder
 from dsllm.model.source_tokenizer import tokens_by_id
+from dsllm.model.suitability import check_suitable
 from dsllm.model.vocabulary_rows import VocabularyRows, vocabulary_rows
 from dsllm.spec.layers import chosen_layers
 from dsllm.spec.sections import Pretrained, Spec
@@ -35,6 +36,8 @@ class CarryOver:
         self._layers = layers
         self._blocks = blocks_name(source.skeleton) if layers is not None else ""
         target = build_skeleton(config, "model")
+        if layers is not None:
+            refuse_other_layers(source.skeleton, target, layers, str(source.folder))
         self._vocabulary = _vocabulary_names(target)
         self._positions = _embedding_names(target) - self._vocabulary
         for name, parameter in target.named_parameters():
@@ -64,7 +67,7 @@ class CarryOver:
         origin, folder = self.source_name(name), self.source.folder
         theirs = self.source.shape(origin)
         if theirs is None:
-            raise UserError(f"{folder}: it has no {origin}, of which {name} would be made; list other layers")
+            raise UserError(f"{folder}: it has no {origin}, of which {name} would be made; take a model that has it")
         if name in self._positions and shape[0] > theirs[0]:
             raise UserError(
                 f"model.max_position_embeddings: given {shape[0]}; {folder} has learned {theirs[0]} positions, and no "
@@ -81,14 +84,17 @@ class CarryOver:
 def open_carry_over(spec: Spec, init: Pretrained) -> tuple[CarryOver, dict[int, str] | None]:
     """The model of `init`, found to fit the spec's; and the tokens that it knows, None where it has no tokenizer.
 
-    Raises UserError, SpecError where it is another network.
+    Nothing is downloaded: ranks wait for this. Raises UserError, SpecError where it is another network, or an automatic
+    one that dsllm cannot train.
     """
-    source = Source(find_folder(init.name, init.revision))
+    source = Source(find_folder(init.name, init.revision, may_download=False))
     layers, theirs = None, source.config
     if init.layers is not None:
         layers = chosen_layers(init.layers, "model.init.layers", source.config.num_hidden_layers, init.name)
         theirs = with_layers(source.config, layers)
     config = model_config(spec)
+    if spec.model.family == "auto":
+        check_suitable(config, spec.zero.stage, spec.data.mask_documents)
     refuse_another_network(spec.model, config, theirs, init.name)
     tokens = tokens_by_id(source.folder)
     num_known = None if tokens is None else 1 + max(tokens)

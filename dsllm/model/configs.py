@@ -17,6 +17,7 @@ from transformers import (
 from dsllm.errors import UserError
 from dsllm.spec.config_file import read_config_file, start_config
 from dsllm.spec.derived import config_source, written_config
+from dsllm.spec.layers import depth_key_of, is_of_layers
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import AutoModel, Spec
 
@@ -40,8 +41,8 @@ def with_written_config(spec: Spec, run_spec: Path | None = None) -> Spec:
     document = spec.model_dump()
     try:
         keys = read_config(name, revision)
-        if model.config is None:
-            keys = start_config(keys, model.init.layers if model.init.kind == "pretrained" else None, name)
+        if model.config is None and model.init.kind == "pretrained" and model.init.layers is not None:
+            keys = start_config(_with_derived_layers(keys, name), model.init.layers, name)
     except UserError:
         earlier = _written_config_of(run_spec)
         if earlier is None:
@@ -49,6 +50,14 @@ def with_written_config(spec: Spec, run_spec: Path | None = None) -> Spec:
         keys = earlier
     document["model"]["config"] = keys
     return Spec.model_validate(document)
+
+
+def _with_derived_layers(keys: dict[str, Any], name: str) -> dict[str, Any]:
+    """With what transformers derives of each layer from its number, which is another one in the new model."""
+    depth = keys[depth_key_of(keys)]
+    whole = auto_config(keys, name).to_dict()
+    derived = {key: value for key, value in whole.items() if is_of_layers(key, value, depth) and not keys.get(key)}
+    return {**keys, **derived}
 
 
 def _written_config_of(run_spec: Path | None) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from dsllm.errors import DsllmError, UserError
 from dsllm.model.conversion import Conversion
-from dsllm.model.depth import blocks_name, with_layers
+from dsllm.model.depth import blocks_name, refuse_other_layers, with_layers
 from dsllm.model.output_folder import refuse_filled
 from dsllm.model.source import Source, build_skeleton
 from dsllm.model.source_files import SAFETENSORS, find_folder
@@ -50,12 +50,20 @@ class Part(NamedTuple):
     parameters: int
 
 
-def grow(name: str, output: Path, layers: str, *, revision: str | None = None, max_shard_bytes: int) -> list[Part]:
+class Grown(NamedTuple):
+    """What became of a source."""
+
+    parts: list[Part]
+    unused: list[str]
+    """Tensors of its files that are no part of its model, and so not of the new one."""
+
+
+def grow(name: str, output: Path, layers: str, *, revision: str | None = None, max_shard_bytes: int) -> Grown:
     """Write the model that has `layers` (`0-7,4-11`) of the model `name`, and all else of it, to the folder `output`.
 
-    Returns what came from where. No more than `max_shard_bytes`, the size of a file, are in memory at a time. Raises
-    UserError where the source cannot be had or has no such layers, or `output` holds something; on any fault nothing
-    stays behind.
+    Returns what came from where. Tensors go from mapped file to file; in memory are copies of those that one file has
+    twice, less than `max_shard_bytes`, the size of a file. Raises UserError where the source cannot be had or has no
+    such layers, or `output` holds something; on any fault nothing stays behind.
     """
     refuse_filled(output, "the new model")
     source = Source(find_folder(name, revision))
@@ -70,14 +78,16 @@ def grow(name: str, output: Path, layers: str, *, revision: str | None = None, m
         _copy_other_files(source.folder, made)
         _compare(source, moves, made)
         os.replace(made, output)
-    return _parts(source, moves, layers)
+    return Grown(_parts(source, moves, layers), source.conversion.unused)
 
 
 def _moves(source: Source, layers: Sequence[int]) -> list[Move]:
     """Every tensor of the new model, in the order of its files."""
     blocks = blocks_name(source.skeleton)
+    skeleton = build_skeleton(with_layers(source.config, layers), str(source.folder))
+    refuse_other_layers(source.skeleton, skeleton, layers, str(source.folder))
     # What a name on disk stands for depends on the layers that there are, so that new names are asked of the new model.
-    new = Conversion(build_skeleton(with_layers(source.config, layers), str(source.folder)), {})
+    new = Conversion(skeleton, {})
     shared, of_layer = [], defaultdict(list)
     for group in source.conversion.groups:
         for piece, _ in group.pieces:
@@ -118,9 +128,18 @@ def _write_tensors(source: Source, moves: Sequence[Move], folder: Path, max_shar
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / f"{SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, shard in zip(files, shards, strict=True):
-        # Copies, because a layer that is taken twice may not be one tensor of two names.
-        tensors = {move.new: source.tensors.read(move.old).clone() for move in shard}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        _write_file(source, shard, folder / file)
+
+
+def _write_file(source: Source, shard: Sequence[Move], file: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[str] = set()
+    for move in shard:
+        tensor = source.tensors.read(move.old)
+        # A layer that is taken twice may not be one tensor of two names.
+        tensors[move.new] = tensor.clone() if move.old in seen else tensor
+        seen.add(move.old)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _shards(source: Source, moves: Sequence[Move], max_bytes: int) -> tuple[list[list[Move]], list[int]]:

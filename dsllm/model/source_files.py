@@ -17,8 +17,8 @@ HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _MISSING = "copy it beside the others, or fetch the model again"
 
 
-def find_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local one, or of the Hub's copy, downloaded where it is not there yet.
+def find_folder(name: str, revision: str | None = None, *, may_download: bool = True) -> Path:
+    """The folder of a model: a local one, or of the Hub's copy, downloaded where it is not there yet and that may be.
 
     Raises UserError for a folder that is none, holds a run or has no configuration, and for a name that cannot be had.
     """
@@ -26,7 +26,7 @@ def find_folder(name: str, revision: str | None = None) -> Path:
     if not folder.is_dir():
         if name.startswith(("/", "./", "../", "~")):
             raise UserError(f"{name}: there is no such folder; give a Hugging Face folder, or a name on the Hub")
-        folder = _download(name, revision)
+        folder = _download(name, revision) if may_download else _downloaded(name, revision)
     elif (folder / "checkpoints").is_dir() or folder.name.startswith("global_step"):
         raise UserError(f"{name}: a run, whose weights lie in DeepSpeed's layout; first run dsllm export {name} OUT")
     if not (folder / "config.json").is_file():
@@ -98,6 +98,24 @@ def _download(name: str, revision: str | None) -> Path:
             f"{name}: no folder of that name, and the Hub gives no such model ({first_line(error)}); check the name "
             "and the network, or give a local folder"
         ) from error
+    return folder
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    """What hf download has left in the Hub's cache on this machine."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        is_whole = any((folder / file).is_file() for one in (SAFETENSORS, TORCH) for file in (one, f"{one}.index.json"))
+    except (OSError, ValueError):  # no such thing in the cache, or nothing that could be a name
+        is_whole = False
+    if not is_whole:
+        options = f" --revision {revision}" if revision else ""
+        raise UserError(
+            f"{name}: no folder of that name, and not downloaded here, for which every rank would wait; first run "
+            f"hf download {name}{options} on the host of rank 0"
+        )
     return folder
 
 

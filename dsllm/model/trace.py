@@ -140,7 +140,7 @@ def config_of(path: str | Path) -> PretrainedConfig:
     if not file.is_file():
         raise UserError(f"{path}: no config.json there; give a Hugging Face model's folder, or its config.json")
     try:
-        config = AutoConfig.from_pretrained(str(file), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(file), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

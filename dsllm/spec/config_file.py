@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dsllm.errors import UserError
-from dsllm.spec.layers import chosen_layers, config_with_layers, depth_key_of
+from dsllm.spec.layers import chosen_layers, config_with_layers, depth_key_of, says_all_of_layers
 
 
 def with_written_config(document: dict[str, Any]) -> dict[str, Any]:
     """A spec's mapping with the configuration of an automatic model written out, where that is in a local folder.
 
-    A name that is no local path may be one on the Hub, which is asked where a run starts. Raises UserError for a folder
-    without a configuration, and for one that cannot be read.
+    A name that is no local path may be one on the Hub, which is asked where a run starts; so is transformers for what
+    it derives from the number of a layer, where layers are listed. Raises UserError for a folder without a
+    configuration, and for one that cannot be read.
     """
     model = document.get("model")
     source = _source(model) if isinstance(model, Mapping) and model.get("family") == "auto" else None
@@ -23,7 +24,10 @@ def with_written_config(document: dict[str, Any]) -> dict[str, Any]:
         return document
     keys = read_config_file(source)
     if document["model"].get("config") is None:
-        keys = start_config(keys, document["model"]["init"].get("layers"), source)
+        layers = document["model"]["init"].get("layers")
+        if layers is not None and not says_all_of_layers(keys):
+            return document
+        keys = start_config(keys, layers, source)
     return {**document, "model": {**document["model"], "config": keys}}
 
 

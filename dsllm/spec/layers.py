@@ -13,6 +13,9 @@ DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names that configurations of transformers have for their number of layers."""
 NOT_OF_LAYERS = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id")
 """Lists of a configuration that may be as long by chance."""
+ALIKE = ("gpt2", "gpt_neox", "llama", "mistral", "mixtral", "qwen2", "qwen3")
+"""Model types whose layers are alike, but for the windows of Qwen: of others transformers may derive from the number of
+a layer what it is."""
 _RANGE = re.compile(r"(?P<first>\d{1,4})(?:-(?P<last>\d{1,4}))?")
 
 
@@ -62,9 +65,20 @@ def config_with_layers(keys: Mapping[str, Any], layers: Sequence[int]) -> dict[s
     chosen = {
         key: [value[layer] for layer in layers]
         for key, value in keys.items()
-        if isinstance(value, list | tuple) and len(value) == keys[depth_key] and key not in NOT_OF_LAYERS
+        if is_of_layers(key, value, keys[depth_key])
     }
     return {**keys, **chosen, depth_key: len(layers)}
+
+
+def says_all_of_layers(keys: Mapping[str, Any]) -> bool:
+    """Whether layers can be taken from a configuration as it is written, without transformers."""
+    has_windows = keys.get("use_sliding_window") and not keys.get("layer_types")
+    return keys.get("model_type") in ALIKE and not has_windows
+
+
+def is_of_layers(key: str, value: object, depth: int) -> bool:
+    """Whether the value of a configuration's key says something of each layer."""
+    return isinstance(value, list | tuple) and len(value) == depth and key not in NOT_OF_LAYERS
 
 
 def depth_key_of(keys: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ def train_from(stage: int, overrides: list[str], steps: int) -> dict[str, Any]:
     world = ranks.join()
     size = GLOBAL_BATCH_SIZE // world.size
     spec = small_spec("gpt2", stage, *overrides, f"batch.micro_batch_size={size}")
-    start = open_starting_point(spec)
+    start = open_starting_point(spec, Activity())
     engine = start_engine(spec, build_ds_config(spec, world.size, "cpu"), start)
     check = check_weights(engine.module.causal_lm, start)
     micro_batches, losses = own_micro_batches(steps, world.rank, world.size, size), []
@@ -46,13 +46,15 @@ def train_from(stage: int, overrides: list[str], steps: int) -> dict[str, Any]:
 
 
 def measure_and_spoil(overrides: list[str]) -> dict[str, Any]:
-    """At stage 3: bytes of the model's parameters, and what this rank held more than before while they were set, at
-    most, None where that is not measured; and what the check finds when a weight is not what was read."""
+    """At stage 3: number and bytes of the model's parameters; ticks, and what this rank held more than before, while
+    they were set, at most, None where that is not measured; and what the check finds when a weight is not what was
+    read."""
     import torch
     import torch.distributed as distributed
 
     from dsllm.ds_config import build_ds_config
     from dsllm.engine import ranks
+    from dsllm.engine.activity import Activity
     from dsllm.engine.allocators import allocator
     from dsllm.engine.gates.weights import check_weights
     from dsllm.engine.starting_point import open_starting_point
@@ -61,7 +63,8 @@ def measure_and_spoil(overrides: list[str]) -> dict[str, Any]:
 
     world = ranks.join()
     spec = small_spec("gpt2", 3, *overrides)
-    start = open_starting_point(spec)
+    activity = Activity()
+    start = open_starting_point(spec, activity)
     counter = allocator("cpu")
     before = counter.read().held_bytes if counter else 0
     if counter:
@@ -73,8 +76,9 @@ def measure_and_spoil(overrides: list[str]) -> dict[str, Any]:
     with gathered(parameter, writer=1), torch.no_grad():
         if distributed.get_rank() == 1:
             parameter[0, 0] = torch.nan
-    whole = sum(4 * parameter.ds_numel for parameter in model.parameters())
-    return {"whole_bytes": whole, "peak_bytes": peak, "check": check_weights(model, start).document()}
+    sizes = [4 * parameter.ds_numel for parameter in model.parameters()]
+    told = {"parameters": len(sizes), "whole_bytes": sum(sizes), "peak_bytes": peak, "ticks": activity.ticks}
+    return {**told, "check": check_weights(model, start).document()}
 
 
 def tell(flags: list[str], folder: str) -> dict[str, Any]:

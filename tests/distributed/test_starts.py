@@ -94,6 +94,11 @@ def test_at_stage_3_no_rank_holds_the_model_while_its_weights_are_set(told: list
         assert result["whole_bytes"] / 2 <= result["peak_bytes"] < 0.7 * result["whole_bytes"]
 
 
+def test_every_weight_that_is_set_is_a_tick_for_the_watchdog(told: list[dict[str, Any]]) -> None:
+    for result in (rank["measured"] for rank in told):
+        assert result["ticks"] == result["parameters"] > 8
+
+
 def test_a_weight_that_is_not_what_was_read_is_found_on_every_rank(told: list[dict[str, Any]]) -> None:
     for check in (rank["measured"]["check"] for rank in told):
         assert check["passed"] is False
