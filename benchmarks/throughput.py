@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from measure import describe_machine, settled_median, start_ranks, steps_argument, write_results
+from measure import RESULTS, describe_machine, settled_median, start_ranks, steps_argument, write_results
 from rich.console import Console
 from rich.table import Table
 
@@ -39,6 +39,10 @@ ACCUMULATION = 4
 LEAST_SECONDS = 30.0
 """A case is not begun where less is left of the time limit."""
 
+LOGS = RESULTS / "logs"
+"""All that the ranks of each case printed, the last time that it ran."""
+FAULT = re.compile(r"(Error|Exception)(:|$)|out of memory", re.MULTILINE)
+
 NO_NETWORK = ["data.sources=[{kind: python-stdlib}]", "logging.wandb=null"]
 PRESETS = {
     # what fits beside the states of one card of 80 GB, without computing anything twice
@@ -50,9 +54,10 @@ PRESETS = {
 """Micro-batch and overrides of each."""
 
 ON = ["training.compile=true", "training.loss=auto", "training.kernels=auto", "training.tf32=true"]
+ALL_ON = "everything on"
 TRAINER = "Hugging Face Trainer"
 CASES: dict[str, list[str]] = {
-    "everything on": [],
+    ALL_ON: [],
     "blocks not compiled": ["training.compile=false"],
     "nor liger's kernels": ["training.compile=false", "training.kernels=torch"],
     "loss in chunks": ["training.loss=chunked"],
@@ -101,6 +106,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.preset = args.preset or [preset for preset in PRESETS if preset != "quickstart"]
     args.case = args.case or list(CASES)
+    if args.profile and ALL_ON not in args.case:
+        parser.error(f"--profile is of the case '{ALL_ON}', which --case leaves out; add --case '{ALL_ON}'")
     return args
 
 
@@ -115,11 +122,13 @@ def measure_all(args: argparse.Namespace, num_ranks: int, folder: Path, console:
                 row["failure"] = "not begun: the time limit"
             else:
                 with console.status(f"{preset}, {case}"):
-                    row |= measure_case(
-                        preset, case, args, num_ranks, folder / f"{preset}-{len(case)}-{case[:3]}", left
-                    )
+                    row |= measure_case(preset, case, args, num_ranks, folder / file_name(preset, case), left)
             console.print(f"{preset}, {case}: {summary(row)}", markup=False, highlight=False)
             yield row
+
+
+def file_name(preset: str, case: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", f"{preset} {case}".lower())
 
 
 def measure_case(
@@ -127,7 +136,8 @@ def measure_case(
 ) -> dict[str, Any]:
     """What one case came to; its failure in a line where it failed."""
     overrides = overrides_of(preset, case, args, num_ranks)
-    spec, output, log = load_spec(preset, overrides), path.with_suffix(".json"), path.with_suffix(".log")
+    spec, output, log = load_spec(preset, overrides), path.with_suffix(".json"), LOGS / f"{path.name}.log"
+    LOGS.mkdir(parents=True, exist_ok=True)
     try:
         if case == TRAINER:
             script, arguments = "benchmarks/hf_trainer.py", trainer_arguments(spec, args, num_ranks, path)
@@ -135,13 +145,24 @@ def measure_case(
             script = "benchmarks/throughput_ranks.py"
             arguments = ["--spec", preset, "--steps", str(args.steps)]
             arguments += [part for override in overrides for part in ("--set", override)]
-            arguments += ["--profile"] if args.profile and case == "everything on" else []
+            arguments += ["--profile"] if args.profile and case == ALL_ON else []
         start_ranks(script, [*arguments, "--output", str(output)], num_ranks, log, args.device, seconds)
     except DsllmError as error:
-        return {"failure": str(error).strip().splitlines()[-1][:200]}
+        return {"failure": reason(error, log)}
     found = json.loads(output.read_text())
     found = {"step_seconds": found} if isinstance(found, list) else found
     return {**rates(spec, found.pop("step_seconds"), args.device, num_ranks), **found}
+
+
+def reason(error: DsllmError, log: Path) -> str:
+    """Why a case failed, in a line: the last error in its log that is a rank's, since the launcher's own words come
+    after it and say only that a rank ended."""
+    first, *more = str(error).splitlines()
+    if not more:  # stopped from here, so that the log says nothing of it
+        return first
+    lines = log.read_text(errors="replace").splitlines()
+    faults = [line.strip() for line in lines if FAULT.search(line) and "launch.py" not in line]
+    return faults[-1][:200] if faults else f"{first} {log}"
 
 
 def overrides_of(preset: str, case: str, args: argparse.Namespace, num_ranks: int) -> list[str]:
@@ -152,9 +173,10 @@ def overrides_of(preset: str, case: str, args: argparse.Namespace, num_ranks: in
 
 
 def trainer_arguments(spec: Spec, args: argparse.Namespace, num_ranks: int, path: Path) -> list[str]:
-    """The Trainer's own loss and model, on dsllm's JSON, shapes and steps."""
+    """The Trainer's own loss and model, on dsllm's JSON, shapes and steps; with AdamW, the only one in a JSON."""
     ds_config, model = path.with_suffix(".ds.json"), path.with_suffix(".model")
-    ds_config.write_text(json.dumps(build_ds_config(spec, num_ranks, args.device)))
+    with_adamw = spec.model_copy(update={"optimizer": spec.optimizer.model_copy(update={"name": "adamw"})})
+    ds_config.write_text(json.dumps(build_ds_config(with_adamw, num_ranks, args.device)))
     model_config(spec).save_pretrained(model)
     sizes = ["--sequence-length", str(spec.batch.sequence_length), "--steps", str(args.steps)]
     recomputes = ["--gradient-checkpointing"] if spec.training.activation_checkpointing == "full" else []
@@ -174,9 +196,7 @@ def peak_flops(device: str) -> float | None:
     """Of one card, dense, in 16 bits; None where the catalogue does not have it."""
     if device == "cpu":
         return None
-    import torch
-
-    gpu = gpu_of_device(torch.cuda.get_device_name(0))
+    gpu = gpu_of_device(local_gpus()[0].name)  # torch would open a context here, and hold its memory beside the ranks'
     return gpu.peak_flops if gpu else None
 
 
@@ -200,7 +220,7 @@ def show(console: Console, rows: list[dict[str, Any]], card: str, num_ranks: int
     shown = Table(
         "preset", "case", "tokens/s", "of all on", "MFU", "peak memory", "predicted", title=f"{num_ranks} x {card}"
     )
-    on = {row["preset"]: row.get("tokens_per_second") for row in rows if row["case"] == "everything on"}
+    on = {row["preset"]: row.get("tokens_per_second") for row in rows if row["case"] == ALL_ON}
     for row in rows:
         rate, base = row.get("tokens_per_second"), on.get(row["preset"])
         shown.add_row(

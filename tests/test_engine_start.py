@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from types import NoneType
+from types import NoneType, SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import FusedAdam
 
-from dsllm.engine import start
+from dsllm.engine import muon, ranks, start
 from dsllm.engine.optimizer import SkippingAdamW, own_optimizer, parameter_groups
-from dsllm.engine.start import allow_tf32, check_precision, kernels, loss_implementation
+from dsllm.engine.start import allow_tf32, check_precision, kernels, loss_implementation, lost_speed
 from dsllm.errors import UserError
 from dsllm.model.build import build_model, model_config
 from dsllm.model.initialize import initialize_weights
@@ -29,6 +29,20 @@ def test_a_precision_that_the_device_lacks_is_the_users_mistake_and_names_those_
         pytest.skip("this device computes in fp16")
     with pytest.raises(UserError, match=r"^training.precision: given fp16, in which this cpu cannot compute; set"):
         check_precision("fp16")
+
+
+@ON_A_CPU
+def test_a_gpu_that_only_emulates_bf16_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch asks a V100, and what that answers."""
+    monkeypatch.setattr(ranks, "device_type", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported(), "torch counts emulation"
+    with pytest.raises(UserError, match=r"^training.precision: given bf16, in which this .* cannot compute; set it to"):
+        check_precision("bf16")
+    assert muon._arithmetic(torch.bfloat16) == torch.float32
 
 
 def test_fp32_runs_anywhere() -> None:
@@ -66,6 +80,13 @@ def test_a_family_that_liger_kernel_does_not_have_is_refused_by_name(monkeypatch
     monkeypatch.setattr(start, "device_type", lambda: "cuda")
     with pytest.raises(UserError, match=r"^training.kernels: given liger, which has none for the family gpt_neox"):
         kernels(load_spec("quickstart", ["model.family=llama", "training.kernels=liger"]), "gpt_neox")
+
+
+@pytest.mark.parametrize(("stage", "is_compiled"), [(2, True), (3, False), (3, True)])
+def test_compiled_blocks_at_stage_3_are_warned_of_since_hooks_cut_them(stage: int, is_compiled: bool) -> None:
+    spec = load_spec("quickstart", [f"zero={{stage: {stage}}}", f"training.compile={str(is_compiled).lower()}"])
+    lost = [line for line in lost_speed(spec) if "whose hooks cut each block into pieces" in line]
+    assert len(lost) == (stage == 3 and is_compiled)
 
 
 @ON_A_CPU

@@ -23,6 +23,7 @@ from dsllm.errors import TrainingError
 from dsllm.model.build import build_model, model_config
 from dsllm.model.initialize import Distribution, initialize_weights
 from dsllm.plan.model_shape import model_shape
+from dsllm.spec.derived import initializer_range
 from dsllm.spec.load import load_spec, preset_names
 
 NORMAL = Distribution(0.0, 0.02)
@@ -110,6 +111,19 @@ def test_an_initialised_model_passes(family: str) -> None:
     assert check.found == f"so in all {len(list(model.named_parameters()))}"
 
 
+@pytest.mark.usefixtures("_one_rank")
+def test_the_deviation_may_have_another_name() -> None:
+    size = "hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, ffn_dim: 128, word_embed_proj_dim: 64"
+    network = f"model={{family: auto, config: {{model_type: opt, {size}, init_std: 0.006}}}}"
+    spec = load_spec("quickstart", [network])
+    model = build_model(model_config(spec), torch.float32)
+    initialize_weights(model, seed=1)
+    check = check_weights(model)
+    assert check.passed, check
+    assert check.expected.startswith("matrices of deviation 0.006,")
+    assert initializer_range(spec.model) == 0.006
+
+
 @FAMILIES
 @pytest.mark.usefixtures("_one_rank")
 def test_a_model_that_was_never_initialised_does_not_pass_and_names_a_weight(family: str) -> None:
@@ -149,6 +163,14 @@ def test_every_preset_shrinks_to_what_trains_in_seconds_with_its_own_settings(pr
     assert (small.zero.stage, small.zero.overlap_comm) == (spec.zero.stage, spec.zero.overlap_comm)
     assert small.training.precision == spec.training.precision
     assert small.training.activation_checkpointing == spec.training.activation_checkpointing
+
+
+def test_the_small_run_drops_nothing_out_and_leaves_experts_to_choose_among() -> None:
+    auto = load_spec("quickstart", ["model={family: auto, config: {model_type: gpt_neox, hidden_dropout: 0.1}}"])
+    assert {shrink(auto).model.config[key] for key in ("hidden_dropout", "attention_dropout")} == {0.0}
+    network = "family: mixtral, num_layers: 2, hidden_size: 64, num_attention_heads: 4"
+    spec = load_spec("quickstart", [f"model={{{network}, num_experts: 64, num_experts_per_token: 8}}"])
+    assert shrink(spec).model.num_experts == 16
 
 
 def test_offload_stays_and_sizes_of_a_large_model_do_not() -> None:

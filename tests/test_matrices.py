@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsllm.engine import muon
 from dsllm.engine.fragments import Fragment
-from dsllm.engine.matrices import EXCHANGED_ELEMENTS, Division, divide
+from dsllm.engine.matrices import EXCHANGED_ELEMENTS, Division, Matrix, divide
 from dsllm.engine.muon import MuonAdamW, matrix_scales, orthogonalized
 from dsllm.engine.optimizer import own_optimizer, parameter_groups
 from dsllm.model.build import build_model, model_config
@@ -59,10 +60,10 @@ def test_an_update_is_scaled_by_outputs_over_inputs_however_the_family_stores_a_
 def test_groups_of_muon_have_its_own_momentum_and_rate_and_every_parameter_is_in_one_group() -> None:
     settings = load_spec("quickstart", ["optimizer={name: muon, learning_rate: 1.0e-3, weight_decay: 0.2}"]).optimizer
     model = training_model("gpt2")
-    muon, matrices, vectors = parameter_groups(model, settings)
-    assert (muon["momentum"], muon["rate_ratio"], muon["weight_decay"]) == (0.95, pytest.approx(20.0), 0.2)
+    of_muon, matrices, vectors = parameter_groups(model, settings)
+    assert (of_muon["momentum"], of_muon["rate_ratio"], of_muon["weight_decay"]) == (0.95, pytest.approx(20.0), 0.2)
     assert [group["weight_decay"] for group in (matrices, vectors)] == [0.2, 0.0]
-    together = [id(parameter) for group in (muon, matrices, vectors) for parameter in group["params"]]
+    together = [id(parameter) for group in (of_muon, matrices, vectors) for parameter in group["params"]]
     assert sorted(together) == sorted(id(parameter) for parameter in model.parameters())
 
 
@@ -75,6 +76,21 @@ def test_an_orthogonal_matrix_has_the_same_directions_and_singular_values_near_o
     assert torch.allclose(found, torch.diag_embed(diagonal), atol=1e-4)
     assert bool(((diagonal > 0.5) & (diagonal < 1.25)).all()), "the quintic takes them to about 0.7 to 1.2"
     assert bool((values[..., 0] / values[..., -1] > 2).all()), "they were not near each other before"
+
+
+def test_stacked_experts_are_updated_as_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0))
+    expected = 2.0 * orthogonalized(stack)
+    sizes = []
+
+    def watched(matrix: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(matrix.shape))
+        return orthogonalized(matrix)
+
+    monkeypatch.setattr(muon, "orthogonalized", watched)
+    found = muon._update(stack, Matrix((3, 8, 24), 2.0, ()))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert sizes == [(8, 24)] * 3, "copies are of one matrix"
 
 
 def test_a_matrix_of_zeros_has_no_update() -> None:

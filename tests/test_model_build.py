@@ -84,6 +84,21 @@ def test_rotary_tables_that_were_rounded_are_restored() -> None:
     assert_exact(model.base_model.rotary_emb.inv_freq)
 
 
+def test_rotary_tables_of_every_kind_of_layer_are_restored() -> None:
+    sizes = "hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 64"
+    kinds = "layer_types: [sliding_attention, full_attention]"
+    spec = load_spec("quickstart", [f"model={{family: auto, config: {{model_type: olmo3, {sizes}, {kinds}}}}}"])
+    model = build_model(model_config(spec), torch.float32)
+    exact = {name: table.clone() for name, table in model.named_buffers()}
+    rotary = model.base_model.rotary_emb
+    for name, table in rotary.named_buffers():
+        setattr(rotary, name, table.bfloat16())
+    restore_rotary_tables(model)
+    restored = dict(model.named_buffers())
+    assert "model.rotary_emb.full_attention_inv_freq" in restored
+    assert all(torch.equal(restored[name], table) for name, table in exact.items())
+
+
 def test_sequences_of_the_full_length_run() -> None:
     ids = torch.randint(500, (1, 64), generator=torch.Generator().manual_seed(0))
     for family in ALL_FAMILIES:

@@ -134,6 +134,23 @@ def test_seconds_are_work_over_what_the_hardware_sustains() -> None:
     assert memory == pytest.approx(1 / ASSUMPTIONS.memory_share)
 
 
+def test_fp32_products_run_at_the_peak_of_tf32_where_the_spec_allows_it_and_the_gpu_has_it() -> None:
+    a100, t4 = gpu_named("a100-80gb"), gpu_named("t4-16gb")
+    runs = [
+        workload(load_spec("quickstart", [f"training.precision={precision}", f"training.tf32={tf32}"]))
+        for precision in ("fp32", "bf16")
+        for tf32 in ("true", "false")
+    ]
+    rounded, exact, half, half_without = (work_seconds(Work(matmul_flops=1e12), run, a100)[0] for run in runs)
+    assert exact == pytest.approx(156 / 19.5 * rounded)
+    assert half == half_without == pytest.approx(rounded / 2)
+    assert work_seconds(Work(matmul_flops=1e12), runs[0], t4) == work_seconds(Work(matmul_flops=1e12), runs[1], t4)
+    machine = Machine.of(a100, 1)
+    of_tf32, of_fp32 = (run_cost(run, machine, step_time(run, machine, 1)) for run in runs[:2])
+    shares = [cost.model_flops_utilization / cost.tokens_per_second for cost in (of_tf32, of_fp32)]
+    assert shares[1] == pytest.approx(8 * shares[0]), "each is of its own peak"
+
+
 # --- what is communicated ---------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from dsllm.errors import UserError
 from dsllm.model.build import build_model
 from dsllm.model.configs import auto_config
+from dsllm.model.document_mask import sliding_window
 from dsllm.model.initialize import initial_distribution, initialize_weights
 from dsllm.model.narrow import narrow_model, narrowed
 from dsllm.model.suitability import check_suitable
@@ -37,6 +38,7 @@ def test_many_types_can_be_trained_as_they_are(model_type: str) -> None:
         ("gemma2", "model type gemma2 scales or caps its logits"),
         ("gpt_oss", "model type gpt_oss draws model.layers.*.self_attn.sinks in a way of its own"),
         ("nemotron", "no model of type nemotron can be built of it"),
+        ("gpt_neo", "model type gpt_neo cannot be shrunk to less than 268,435,456 parameters"),
     ],
 )
 def test_a_type_that_is_trained_in_another_way_is_refused_in_one_line(model_type: str, message: str) -> None:
@@ -61,6 +63,21 @@ def test_attention_that_takes_no_mask_of_documents_is_refused_where_there_are_so
         check_suitable(config, zero_stage=1, masks_documents=True)
 
 
+def test_layers_of_several_kinds_take_no_mask_of_documents() -> None:
+    mixed = config_of("olmo3", **SMALL, layer_types=["sliding_attention", "full_attention"])
+    check_suitable(mixed, zero_stage=1, masks_documents=False)
+    with pytest.raises(UserError, match=r"layers of several kinds \(full_attention, sliding_attention\)"):
+        check_suitable(mixed, zero_stage=1, masks_documents=True)
+    check_suitable(config_of("mistral", sliding_window=4096), zero_stage=1, masks_documents=True)
+
+
+def test_a_window_that_no_layer_has_is_none() -> None:
+    window = {"use_sliding_window": True, "sliding_window": 64}
+    assert sliding_window(config_of("qwen2", **SMALL, **window, max_window_layers=2)) is None
+    assert sliding_window(config_of("qwen2", **SMALL, **window, max_window_layers=0)) == 64
+    assert sliding_window(config_of("mistral", sliding_window=64)) == 64
+
+
 def test_looking_leaves_torchs_random_state_alone() -> None:
     torch.manual_seed(0)
     expected = torch.get_rng_state()
@@ -71,6 +88,24 @@ def test_looking_leaves_torchs_random_state_alone() -> None:
 def test_the_small_model_is_small_where_the_type_can_be_so() -> None:
     small = narrowed(config_of("llama", num_key_value_heads=8))
     assert (small.num_hidden_layers, small.hidden_size, small.num_key_value_heads) == (2, 64, 2)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "opt", "phi3"])
+def test_nothing_is_dropped_out_of_the_small_model(model_type: str) -> None:
+    model = narrow_model(config_of(model_type, attention_dropout=0.2)).train()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_the_small_model_has_experts_to_choose_among() -> None:
+    assert narrowed(config_of("qwen3_moe", num_experts=64, num_experts_per_tok=8)).num_experts == 16
+    assert narrowed(config_of("qwen3_moe", num_experts=3, num_experts_per_tok=2)).num_experts == 3
+
+
+def test_a_type_with_two_sizes_of_a_head_can_be_small() -> None:
+    small = narrow_model(config_of("deepseek_v3"))
+    assert small.config.hidden_size == 64
+    assert any(".experts." in name for name, _ in small.named_parameters())
 
 
 def test_vectors_of_other_types_begin_as_transformers_has_them() -> None:

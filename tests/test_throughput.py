@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -23,7 +25,14 @@ KERNELS = {
     "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>": "optimizer",
     "ncclDevKernel_AllReduce_Sum_bf16_RING_LL": "communication",
     "Memcpy HtoD (Pinned -> Device)": "copies",
-    "triton_poi_fused_add_gelu_3": "elementwise",
+    "triton_poi_fused_add_gelu_3": "compiled",
+    "triton_poi_fused__to_copy_mul_silu_2": "compiled",
+    "triton_per_fused__to_copy_add_native_layer_norm_0": "compiled",
+    "triton_red_fused__to_copy_mul_sum_5": "compiled",
+    "_triton_rope": "elementwise",
+    "element_mul_kernel": "loss",
+    "splitKreduce_kernel": "matmul",
+    "aten::_to_copy": "copies",
     "something_new": "other",
 }
 
@@ -50,7 +59,7 @@ def test_seconds_of_a_group_add_up_and_the_longest_comes_first() -> None:
 @pytest.mark.slow  # three starts of DeepSpeed
 @pytest.mark.timeout(600)
 def test_the_script_runs_from_end_to_end_and_leaves_no_results_of_a_cpu() -> None:
-    before = {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").glob("*.json")}
     cases = ["everything on", "loss plain", "Hugging Face Trainer"]
     command = [sys.executable, "benchmarks/throughput.py", "--preset", "quickstart", "--device", "cpu", "--steps", "7"]
     command += [part for case in cases for part in ("--case", case)]
@@ -63,7 +72,7 @@ def test_the_script_runs_from_end_to_end_and_leaves_no_results_of_a_cpu() -> Non
         assert "tokens/s" in line
     assert "times the Hugging Face Trainer" in ended.stdout
     assert "by kernel:" in ended.stdout
-    assert {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (ROOT / "benchmarks" / "results").glob("*.json")} == before
 
 
 def test_a_case_that_takes_too_long_is_stopped_with_its_ranks(tmp_path: Path) -> None:
@@ -77,6 +86,52 @@ def test_a_case_that_takes_too_long_is_stopped_with_its_ranks(tmp_path: Path) ->
         start_ranks(str(script), [], 1, tmp_path / "log", "cpu", 6)
     commands = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
     assert not [command for command in commands if str(script) in command]
+
+
+LOG = """[2026-01-01 00:00:00,000] [INFO] [launch.py:147:main] WORLD INFO DICT: {'localhost': [0]}
+[rank0]: Traceback (most recent call last):
+[rank0]:   File "benchmarks/throughput_ranks.py", line 60, in take
+[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.
+[2026-01-01 00:00:09,000] [INFO] [launch.py:337:sigkill_handler] Killing subprocess 4711
+[2026-01-01 00:00:09,000] [ERROR] [launch.py:343:sigkill_handler] ['python', '-Error:'] exits with return code = 1
+"""
+
+
+def test_a_case_that_fails_says_why_in_the_words_of_its_rank_and_not_of_the_launcher(tmp_path: Path) -> None:
+    from throughput import reason
+
+    from dsllm.errors import DsllmError
+
+    log = tmp_path / "log"
+    log.write_text(LOG)
+    failed = DsllmError(f"script.py exited with 1; the end of its log:\n{LOG}")
+    assert reason(failed, log) == "[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    log.write_text("Killed\n")
+    assert reason(failed, log) == f"script.py exited with 1; the end of its log: {log}"
+    assert reason(DsllmError("script.py was stopped after 6 s"), log) == "script.py was stopped after 6 s"
+
+
+def test_the_trainer_is_given_adamw_where_the_engine_has_muon(tmp_path: Path) -> None:
+    from throughput import TRAINER, overrides_of, trainer_arguments
+
+    from dsllm.spec.load import load_spec
+
+    given = ["optimizer.name=muon", "optimizer.muon_learning_rate=0.01"]
+    args = argparse.Namespace(steps=7, device="cpu", micro_batch_size=None, set=given)
+    spec = load_spec("quickstart", overrides_of("quickstart", TRAINER, args, 1))
+    trainer_arguments(spec, args, 1, tmp_path / "case")
+    assert json.loads((tmp_path / "case.ds.json").read_text())["optimizer"]["type"] == "AdamW"
+
+
+def test_a_profile_without_the_case_that_it_is_of_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from throughput import parse_arguments
+
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--profile", "--case", "Muon"])
+    with pytest.raises(SystemExit, match="2"):
+        parse_arguments()
+    assert "--profile is of the case 'everything on', which --case leaves out" in capsys.readouterr().err
 
 
 @pytest.mark.skipif("torch" in sys.modules and sys.modules["torch"].cuda.is_available(), reason="there is a GPU")

@@ -215,14 +215,14 @@ def _around(way: Way, config: str) -> tuple[PretrainedConfig, Way]:
     """The network that `config` names, and the run with it; a run that nobody gave is no longer than it reads."""
     from dsllm.errors import UserError
     from dsllm.model.trace import config_of, traced_shape
+    from dsllm.spec.derived import dropout_of
 
     network = config_of(config)
     shape = traced_shape(network)
     tokens, limit = way.run.sequence_length, shape.max_position_embeddings
     if tokens > limit and way.has_batch:
         raise UserError(f"--config: given a network that reads at most {limit} tokens; lower batch.sequence_length")
-    # GPT-2's name of it; the newer families have none
-    dropout = float(getattr(network, "resid_pdrop", 0.0))
+    dropout = dropout_of(network.to_dict())
     run = replace(way.run, shape=shape, sequence_length=min(tokens, limit), dropout=dropout)
     return network, replace(way, run=run)
 

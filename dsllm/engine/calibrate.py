@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from dsllm.ds_config import build_ds_config
 from dsllm.engine import ranks
@@ -88,7 +87,7 @@ def _measure_cpu() -> DeviceConstants:
 
 def _largest_run(free_bytes: int) -> Spec:
     """The largest of GPU_RUNS that is predicted to fit."""
-    precision = "bf16" if get_accelerator().is_bf16_supported() else "fp16"
+    precision = "bf16" if ranks.has_bf16() else "fp16"
     for name, overrides in GPU_RUNS:
         spec = load_spec(name, [*overrides, f"training.precision={precision}"])
         if estimate_memory(workload(spec), 1, _micro_batch_size(spec)).fits(free_bytes):

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -117,7 +116,10 @@ def orthogonalized(matrix: torch.Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> to
 
 
 def _update(direction: torch.Tensor, matrix: Matrix) -> torch.Tensor:
-    return orthogonalized(direction) * matrix.scale
+    """In place; of stacked experts one at a time, so that copies are of one and not of all."""
+    for one in direction.view(-1, *matrix.shape[-2:]):
+        one.copy_(orthogonalized(one))
+    return direction.mul_(matrix.scale)
 
 
 def _scale(shape: Iterable[int], is_transposed: bool) -> float:
@@ -133,5 +135,4 @@ def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 def _arithmetic(weights: torch.dtype) -> torch.dtype:
     """bf16 is exact enough for an update that is approximate; fp32 where weights are, or where there is no bf16."""
-    has_bf16 = get_accelerator().is_bf16_supported()
-    return torch.bfloat16 if weights != torch.float32 and has_bf16 else torch.float32
+    return torch.bfloat16 if weights != torch.float32 and ranks.has_bf16() else torch.float32

@@ -59,6 +59,17 @@ class SkippingMuon(SkippingAdamW, MuonAdamW):
     """Muon beside AdamW where DeepSpeed looks at no gradient."""
 
 
+KINDS = {
+    ("adamw", "exact"): (SkippingAdamW, SkippingAdamW),
+    ("adamw", "half"): (torch.optim.AdamW, FlatAdamW),
+    ("muon", "exact"): (SkippingMuon, SkippingMuon),
+    ("muon", "half"): (MuonAdamW, FlatMuon),
+    ("muon", "sharded"): (MuonAdamW, MuonAdamW),
+}
+"""By name and place, which is stage 0 in fp32, stage 0 in half precision, or a stage above: the class that is
+constructed, and the one that it then becomes, since FusedAdam's own constructor compiles."""
+
+
 def parameter_groups(model: torch.nn.Module, settings: Optimizer) -> ParameterGroups:
     """Matrices, which are decayed, and vectors (biases and norms), which are not; before them Muon's own, if any."""
     # ZeRO-3 leaves an empty vector in the place of a partitioned parameter and its true shape beside it.
@@ -82,12 +93,12 @@ def parameter_groups(model: torch.nn.Module, settings: Optimizer) -> ParameterGr
 
 def own_optimizer(spec: Spec, groups: ParameterGroups) -> torch.optim.Optimizer | None:
     """The optimizer to hand to DeepSpeed; None where DeepSpeed makes the right one from its JSON."""
-    settings, is_muon = spec.optimizer, spec.optimizer.name == "muon"
-    if spec.zero.stage > 0 and not is_muon:
+    settings = spec.optimizer
+    if spec.zero.stage > 0 and settings.name == "adamw":
         return None
-    is_fp32_stage_0 = spec.zero.stage == 0 and spec.training.precision == "fp32"
-    kinds = (SkippingAdamW, torch.optim.AdamW) if not is_muon else (SkippingMuon, MuonAdamW)
-    optimizer = kinds[0 if is_fp32_stage_0 else 1](
+    where = "sharded" if spec.zero.stage > 0 else "exact" if spec.training.precision == "fp32" else "half"
+    made, becomes = KINDS[settings.name, where]
+    optimizer = made(
         groups,
         lr=settings.learning_rate,
         betas=settings.betas,
@@ -95,7 +106,5 @@ def own_optimizer(spec: Spec, groups: ParameterGroups) -> torch.optim.Optimizer 
         fused=settings.fused,
         foreach=not settings.fused,
     )
-    if spec.zero.stage == 0 and not is_fp32_stage_0:
-        # constructing one would run FusedAdam's own constructor, which compiles
-        optimizer.__class__ = FlatMuon if is_muon else FlatAdamW
+    optimizer.__class__ = becomes
     return optimizer

@@ -74,6 +74,14 @@ def device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def has_bf16() -> bool:
+    """Whether the accelerator itself computes in bf16: torch and DeepSpeed also count a GPU that emulates it slowly, as
+    a V100 does."""
+    if device_type() == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(get_accelerator().is_bf16_supported())
+
+
 def device_name() -> str:
     """What CUDA calls the accelerator, as `NVIDIA A100-SXM4-40GB`; `cpu`."""
     return torch.cuda.get_device_name() if device_type() == "cuda" else "cpu"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import deepspeed
@@ -11,7 +13,7 @@ from deepspeed.accelerator import get_accelerator
 
 from dsllm.engine import muon
 from dsllm.engine.optimizer import own_optimizer, parameter_groups
-from dsllm.engine.ranks import device_type
+from dsllm.engine.ranks import device_type, has_bf16
 from dsllm.engine.starting_point import StartingPoint
 from dsllm.errors import UserError
 from dsllm.model.build import (
@@ -22,11 +24,13 @@ from dsllm.model.build import (
     model_config,
 )
 from dsllm.model.initialize import initialize_weights
-from dsllm.model.kernels import has_liger_kernels, liger_is_installed, use_liger_kernels
+from dsllm.model.kernels import has_liger_kernels, liger_fault, liger_is_installed, use_liger_kernels
 from dsllm.model.loss import TrainingModel
 from dsllm.model.suitability import check_suitable
 from dsllm.plan.workload import CHECKPOINTED_BLOCKS, LossImplementation
 from dsllm.spec.sections import Precision, Spec
+
+logger = logging.getLogger(__name__)
 
 LIGER_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Families, by transformers' names, whose norms, rotary positions and gated layers all have fused kernels."""
@@ -39,6 +43,8 @@ def start_engine(spec: Spec, ds_config: dict[str, Any], start: StartingPoint | N
     dsllm cannot train the model type.
     """
     check_precision(spec.training.precision)
+    for lost in lost_speed(spec):
+        logger.warning("%s", lost)
     allow_tf32(spec.training.tf32)
     config = model_config(spec)
     if spec.model.family == "auto":
@@ -73,13 +79,27 @@ def _skip_at_the_lowest_scale(engine: DeepSpeedEngine) -> None:
         scaler.raise_error_at_min_scale = False
 
 
+def lost_speed(spec: Spec) -> Iterator[str]:
+    """What the spec allows or asks for and does not get, in a line each."""
+    training = spec.training
+    is_automatic = "auto" in (training.kernels, training.loss)
+    if is_automatic and device_type() == "cuda" and liger_is_installed() and liger_fault() is not None:
+        yield f"liger-kernel is installed and cannot be imported ({liger_fault()}): torch's kernels take its place"
+    if training.compile and spec.zero.stage == 3:
+        # forward and backward hooks of every module with parameters, which dynamo does not trace (parameter_offload.py)
+        yield (
+            "training.compile: true with zero.stage 3, whose hooks cut each block into pieces, so that little is "
+            "fused; set it to false, or take a lower stage"
+        )
+
+
 def loss_implementation(spec: Spec) -> LossImplementation:
     """`auto` is fused where liger-kernel can run. Raises UserError where the spec names it and it cannot."""
     if spec.training.loss == "fused":
         _check_liger("training.loss: given fused", "chunked")
     if spec.training.loss != "auto":
         return spec.training.loss
-    return "fused" if device_type() == "cuda" and liger_is_installed() else "chunked"
+    return "fused" if _can_run_liger() else "chunked"
 
 
 def kernels(spec: Spec, model_type: str) -> Literal["liger", "torch"]:
@@ -90,8 +110,8 @@ def kernels(spec: Spec, model_type: str) -> Literal["liger", "torch"]:
     """
     wanted = spec.training.kernels
     if wanted == "auto":
-        can_run = device_type() == "cuda" and liger_is_installed() and model_type in LIGER_FAMILIES
-        return "liger" if can_run and not spec.training.compile else "torch"
+        is_wanted = model_type in LIGER_FAMILIES and not spec.training.compile
+        return "liger" if is_wanted and _can_run_liger() else "torch"
     if wanted == "liger":
         _check_liger("training.kernels: given liger", "torch")
         if not has_liger_kernels(model_type):
@@ -101,11 +121,20 @@ def kernels(spec: Spec, model_type: str) -> Literal["liger", "torch"]:
     return wanted
 
 
+def _can_run_liger() -> bool:
+    return device_type() == "cuda" and liger_is_installed() and liger_fault() is None
+
+
 def _check_liger(given: str, remedy: str) -> None:
     if device_type() != "cuda":
         raise UserError(f"{given}, whose kernels need a CUDA GPU, and this is a CPU; set it to auto or {remedy}")
     if not liger_is_installed():
         raise UserError(f"{given}, which needs liger-kernel; pip install liger-kernel, or set it to auto or {remedy}")
+    if liger_fault() is not None:
+        raise UserError(
+            f"{given}, and the installed liger-kernel cannot be imported ({liger_fault()}); mend its "
+            f"installation, or set it to auto or {remedy}"
+        )
 
 
 def allow_tf32(is_allowed: bool) -> None:
@@ -118,7 +147,7 @@ def allow_tf32(is_allowed: bool) -> None:
 def check_precision(precision: Precision) -> None:
     """Raises UserError where this device, or this CPU, has no arithmetic of that type: bf16 on a V100, for one."""
     accelerator = get_accelerator()
-    supported = {"bf16": accelerator.is_bf16_supported, "fp16": accelerator.is_fp16_supported, "fp32": lambda: True}
+    supported = {"bf16": has_bf16, "fp16": accelerator.is_fp16_supported, "fp32": lambda: True}
     if not supported[precision]():
         others = " or ".join(name for name, is_supported in supported.items() if is_supported())
         raise UserError(

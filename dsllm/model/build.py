@@ -77,9 +77,9 @@ def build_model(
 
 def restore_rotary_tables(model: PreTrainedModel) -> None:
     """Compute rotary frequencies again in fp32: zero.Init makes every new float tensor bf16, which is wrong by
-    radians at position 1000."""
+    radians at position 1000. Some types have a table for each kind of layer, such as `full_attention_inv_freq`."""
     for module in model.modules():
-        if isinstance(getattr(module, "inv_freq", None), torch.Tensor):
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
             exact = type(module)(config=model.config)
             for name, table in exact.named_buffers():
                 setattr(module, name, table.to(getattr(module, name).device))

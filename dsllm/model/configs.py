@@ -16,6 +16,7 @@ from transformers import (
 
 from dsllm.errors import UserError
 from dsllm.spec.config_file import read_config_file, start_config
+from dsllm.spec.config_keys import NAMES_OF_OURS
 from dsllm.spec.derived import config_source, written_config
 from dsllm.spec.layers import depth_key_of, is_of_layers
 from dsllm.spec.load import load_spec
@@ -124,13 +125,15 @@ def num_experts(config: PretrainedConfig) -> int:
 
 
 def _nearest_types(model_type: Any) -> str:
+    if model_type is None:
+        return "for example llama"
     near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else "for example llama"
 
 
 def _check_keys(keys: dict[str, Any], default: PretrainedConfig, source: str) -> None:
     """transformers never looks at a key that it does not know, nor at one of two names for a thing: refused where the
-    key is nearly another, or the two differ."""
+    key is nearly another or one of a spelled-out model's, or the two differ. What is false or null says nothing."""
     aliases = default.attribute_map
     known = {*default.to_dict(), *aliases, *WRITTEN_BY_TRANSFORMERS, *OLDER_NAMES}
     for key, value in keys.items():
@@ -140,6 +143,9 @@ def _check_keys(keys: dict[str, Any], default: PretrainedConfig, source: str) ->
                 f"{source}.{key}: given {value} beside {own} {keys[own]}, which is {keys['model_type']}'s name for it; "
                 "keep one"
             )
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.85) if key not in known else []
+        if key in known or value is False or value is None:
+            continue
+        ours = [name for name in NAMES_OF_OURS.get(key, ()) if name in known]
+        near = ours or difflib.get_close_matches(key, known, n=1, cutoff=0.85)
         if near:
             raise UserError(f"{source}.{key}: no key of {keys['model_type']}; did you mean {near[0]}?")

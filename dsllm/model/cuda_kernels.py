@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as functional
 
+from dsllm.model.replaced import replaced
 from dsllm.plan.attention import FLASH_LARGEST_WIDTH, FLASH_WIDTH_MULTIPLE
 from dsllm.units import round_up
 
@@ -33,17 +32,6 @@ def cuda_kernels() -> Iterator[None]:
     """
     with replaced(functional, "scaled_dot_product_attention", attention), replaced(functional, "dropout", dropout):
         yield
-
-
-@contextlib.contextmanager
-def replaced(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Within, `module.name` is `function`."""
-    given = getattr(module, name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        setattr(module, name, given)
 
 
 def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from transformers import PretrainedConfig
 
 from dsllm.plan.attention import MASK_ROW_MULTIPLE
 from dsllm.units import round_up
@@ -30,3 +31,10 @@ def document_mask(position_ids: torch.Tensor, dtype: torch.dtype, sliding_window
         is_seen &= keys > queries.unsqueeze(1) - sliding_window
     mask = torch.full(is_seen.shape, -math.inf, dtype=dtype, device=position_ids.device)
     return mask.masked_fill_(is_seen, 0.0)[..., :length].unsqueeze(1)
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """Tokens that every layer of the model looks back at most; None where layers see all. Some types keep the window in
+    their configuration though no layer has it."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return None if kinds == {"full_attention"} else getattr(config, "sliding_window", None)

@@ -56,10 +56,16 @@ def initial_distribution(name: str, num_dimensions: int, config: PretrainedConfi
     """
     if num_dimensions < 2:
         return Distribution(_vector_value(name, config), 0.0)
-    std = getattr(config, "initializer_range", INITIALIZER_RANGE)
+    std = initializer_range(config)
     if name.endswith(RESIDUAL_PROJECTIONS):
         std /= math.sqrt(2 * config.num_hidden_layers)
     return Distribution(0.0, std)
+
+
+def initializer_range(config: PretrainedConfig) -> float:
+    """The deviation of its matrices, by either name that model types have for it (OPT and XGLM: `init_std`)."""
+    deviation: float = getattr(config, "initializer_range", getattr(config, "init_std", INITIALIZER_RANGE))
+    return deviation
 
 
 def _vector_value(name: str, config: PretrainedConfig) -> float:

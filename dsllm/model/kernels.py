@@ -6,6 +6,7 @@ in the modules of transformers, where the next model of the process, on a CPU pe
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -34,6 +35,17 @@ class OnCuda:
 def liger_is_installed() -> bool:
     """Whether liger-kernel is, whose kernels need a CUDA device."""
     return find_spec("liger_kernel") is not None
+
+
+@functools.cache
+def liger_fault() -> str | None:
+    """Why the installed liger-kernel cannot be imported, in a line: no triton, or a transformers too old for it; None
+    where it can be."""
+    try:
+        import liger_kernel.transformers.monkey_patch  # noqa: F401
+    except ImportError as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
 
 
 def has_liger_kernels(model_type: str) -> bool:

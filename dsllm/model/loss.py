@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, masking_utils
 
 from dsllm.data.samples import IGNORED_LABEL
 from dsllm.model.balance import balance_of, with_gradient_of
-from dsllm.model.cuda_kernels import replaced
-from dsllm.model.document_mask import document_mask
+from dsllm.model.document_mask import document_mask, sliding_window
+from dsllm.model.replaced import replaced
 from dsllm.plan.activations import CHUNK_LOGITS_BYTES, PRODUCT_BYTES
 from dsllm.plan.workload import LossImplementation
 
@@ -70,8 +70,7 @@ class TrainingModel(nn.Module):
         its own, so that a mask which no kernel keeps for backward is gone before the loss."""
         extras: dict[str, Any] = {"output_router_logits": True} if wants_routers else {}
         if position_ids is not None:
-            window = getattr(self.causal_lm.config, "sliding_window", None)
-            mask = document_mask(position_ids, self.causal_lm.dtype, window)
+            mask = document_mask(position_ids, self.causal_lm.dtype, sliding_window(self.causal_lm.config))
             extras |= {"position_ids": position_ids, "attention_mask": mask}
         with _unsearched_positions():
             output = self.causal_lm.base_model(input_ids=input_ids, use_cache=False, **extras)

@@ -18,15 +18,34 @@ POSITIONS = 64
 NUM_LAYERS = 2
 HIDDEN_SIZE, NUM_HEADS, HEAD_SIZE = 64, 4, 16
 PROBE_TOKENS = 8
-UNFIT = (StrictDataclassError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
+SLIDING_WINDOW = 4
+"""Shorter than what is looked at, so that there is something to leave out."""
+MOST_PARAMETERS = 2**28
+"""Of one that keeps its width: 1 GiB of fp32, on every rank."""
+UNFIT = (StrictDataclassError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 """What transformers raises where sizes do not hang together."""
 
 
 def narrowed(config: PretrainedConfig, vocab_size: int = VOCAB_SIZE, positions: int = POSITIONS) -> PretrainedConfig:
-    """Two layers, 64 wide, where the type can be so; else two layers of its own width."""
-    shallow = {"num_hidden_layers": NUM_LAYERS, "vocab_size": vocab_size}
+    """Two layers, 64 wide, where the type can be so; else two layers of its own width, or all of them. Nothing is
+    dropped out.
+
+    Raises UserError where none of these can be made, or is small.
+    """
+    vocabulary = {"vocab_size": vocab_size}
+    shallow = {"num_hidden_layers": NUM_LAYERS, **vocabulary}
     narrow = _changed(config, {**shallow, **_narrow_sizes(config, positions)})
-    return narrow if narrow is not None and _runs(narrow) else _shallow(config, shallow)
+    if narrow is not None and _runs(narrow):
+        return narrow
+    kinds = getattr(config, "layer_types", None)
+    as_deep = {"layer_types": kinds[:NUM_LAYERS]} if kinds else {}
+    of_own_width = _changed(config, {**shallow, **as_deep}) or _changed(config, vocabulary)
+    if of_own_width is None or _num_parameters(of_own_width) > MOST_PARAMETERS:
+        raise UserError(
+            f"model.config: model type {config.model_type} cannot be shrunk to less than {MOST_PARAMETERS:,} "
+            "parameters, for the checks that look at a small one; choose another model type, or a narrower one"
+        )
+    return of_own_width
 
 
 def narrow_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -39,10 +58,23 @@ def narrow_model(config: PretrainedConfig) -> PreTrainedModel:
             torch.manual_seed(0)
             return AutoModelForCausalLM.from_config(narrowed(config), dtype=torch.float32).eval()
     except UNFIT as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.config: no model of type {config.model_type} can be built of it ({reason}); correct its sizes"
-        ) from error
+        raise _unbuildable(config, error) from error
+
+
+def _unbuildable(config: PretrainedConfig, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"model.config: no model of type {config.model_type} can be built of it ({reason}); correct its sizes"
+    )
+
+
+def _num_parameters(config: PretrainedConfig) -> int:
+    """Counted without memory. Raises UserError where no such model can be built."""
+    try:
+        with torch.device("meta"):
+            return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    except UNFIT as error:
+        raise _unbuildable(config, error) from error
 
 
 def _narrow_sizes(config: PretrainedConfig, positions: int) -> dict[str, Any]:
@@ -51,16 +83,19 @@ def _narrow_sizes(config: PretrainedConfig, positions: int) -> dict[str, Any]:
         None,
         getattr(config, "num_attention_heads", None),
     )
-    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    enough = max(4, 2 * (getattr(config, "num_experts_per_tok", None) or 0))
     sizes = {
         "hidden_size": HIDDEN_SIZE,
         "num_attention_heads": NUM_HEADS,
         "num_key_value_heads": NUM_HEADS // 2 if has_groups else NUM_HEADS,
         "head_dim": HEAD_SIZE,
+        "qk_rope_head_dim": HEAD_SIZE,
         "intermediate_size": 2 * HIDDEN_SIZE,
         "moe_intermediate_size": HIDDEN_SIZE,
-        "num_local_experts": max(4, chosen),
-        "num_experts": max(4, chosen),
+        "num_local_experts": min(enough, getattr(config, "num_local_experts", None) or 0),
+        "num_experts": min(enough, getattr(config, "num_experts", None) or 0),
+        "sliding_window": SLIDING_WINDOW,
+        "first_k_dense_replace": NUM_LAYERS - 1,
         "max_position_embeddings": positions,
     }
     return {name: size for name, size in sizes.items() if _can_be_set(config, name)}
@@ -72,23 +107,18 @@ def _can_be_set(config: PretrainedConfig, name: str) -> bool:
 
 
 def _changed(config: PretrainedConfig, sizes: dict[str, Any]) -> PretrainedConfig | None:
-    """With other sizes; None where the type refuses them. What follows from sizes is left to follow again."""
+    """With other sizes and without dropout; None where the type refuses them. What follows from sizes is left to follow
+    again."""
     own_names = {config.attribute_map.get(name, name): size for name, size in sizes.items()}
     keys = {key: value for key, value in config.to_dict().items() if key != "layer_types"} | NO_TOKENS
+    dropouts = {key: 0.0 for key, value in keys.items() if "drop" in key and isinstance(value, float)}
     try:
-        changed = CONFIG_MAPPING[config.model_type].from_dict({**keys, **own_names})
+        changed = CONFIG_MAPPING[config.model_type].from_dict({**keys, **dropouts, **own_names})
     except UNFIT:
         return None
     changed._attn_implementation = config._attn_implementation
     changed._experts_implementation = config._experts_implementation
     return changed
-
-
-def _shallow(config: PretrainedConfig, sizes: dict[str, Any]) -> PretrainedConfig:
-    kinds = getattr(config, "layer_types", None)
-    shallow = _changed(config, {**sizes, **({"layer_types": kinds[:NUM_LAYERS]} if kinds else {})})
-    assert shallow is not None, "fewer layers suit every type"
-    return shallow
 
 
 def _runs(config: PretrainedConfig) -> bool:

@@ -24,7 +24,8 @@ def place(model: PreTrainedModel, device: Device, precision: Precision | None) -
     if device == "cuda" and not has_gpu:
         raise UserError("--device: given cuda, and torch finds no GPU here; choose cpu, or auto")
     on_gpu = has_gpu and device != "cpu"
-    usual = torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    usual = torch.bfloat16 if has_bf16 else torch.float32
     dtype = usual if precision is None else DTYPES[precision]
     # Parameters alone: rotary frequencies are buffers, which 16 bits would spoil.
     for parameter in model.parameters():

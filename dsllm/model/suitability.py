@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dsllm.errors import UserError
-from dsllm.model.document_mask import document_mask
+from dsllm.model.document_mask import document_mask, sliding_window
 from dsllm.model.families import CONFIGS, GROUPED_EXPERTS
 from dsllm.model.narrow import UNFIT, narrow_model
 
@@ -37,6 +37,7 @@ def check_suitable(config: PretrainedConfig, zero_stage: int, masks_documents: b
     if drawn:
         raise UserError(f"{kind} draws {drawn[0]} in a way of its own, which dsllm has not; choose another model type")
     if masks_documents:
+        _check_alike(config, kind)
         _check_mask(model, kind)
     has_experts = any(".experts." in name for name, _ in model.named_parameters())
     if zero_stage == 3 and has_experts and model.config._experts_implementation != GROUPED_EXPERTS:
@@ -46,13 +47,22 @@ def check_suitable(config: PretrainedConfig, zero_stage: int, masks_documents: b
         )
 
 
+def _check_alike(config: PretrainedConfig, kind: str) -> None:
+    """One mask serves all layers."""
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()))
+    if len(kinds) > 1:
+        raise UserError(
+            f"{kind} with data.mask_documents: it has layers of several kinds ({', '.join(kinds)}), and one mask of "
+            "documents serves all; set data.mask_documents to false, or choose a model type with one kind"
+        )
+
+
 @torch.no_grad()
 def _check_mask(model: PreTrainedModel, kind: str) -> None:
     """What comes of a document is the same alone and behind another one."""
     ids, length = torch.tensor([PROBE]), len(PROBE) // 2
     positions = torch.arange(len(PROBE)).remainder(length)[None]
-    window = getattr(model.config, "sliding_window", None)
-    mask = document_mask(positions, torch.float32, window)
+    mask = document_mask(positions, torch.float32, sliding_window(model.config))
     alone = model.base_model(input_ids=ids[:, length:], use_cache=False)[0]
     try:
         packed = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)[0]

@@ -67,13 +67,15 @@ def activations(run: Workload, micro_batch_size: int, device: Device = "cuda") -
         kept_of_last = 0 if makes_copy else boundary
     shared = shared_bytes_per_token(run, device)
     loss_forward, loss_backward = _loss_bytes(run, tokens, device)
+    slack = run.shape.activation_slack
+    embedding_mask = _dropout_masks(run, device) // 2
     return Activations(
-        saved_bytes=tokens * (kept + final_norm + shared + _dropout_masks(run, device) // 2),  # the embedding's mask
+        saved_bytes=round(slack * tokens * (kept + final_norm + shared + embedding_mask)),
         loss_forward_bytes=loss_forward,
         loss_backward_bytes=loss_backward,
         # the final norm is done by then
-        block_backward_bytes=tokens * (at_once - kept_of_last - final_norm),
-        first_block_bytes=tokens * (at_once + input_beside + shared),
+        block_backward_bytes=round(slack * tokens * (at_once - kept_of_last - final_norm)),
+        first_block_bytes=round(slack * tokens * (at_once + input_beside + shared)),
     )
 
 

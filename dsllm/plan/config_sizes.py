@@ -5,59 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LLAMA_DEFAULTS: dict[str, Any] = {
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "tie_word_embeddings": False,
-    "sliding_window": None,
-    "num_local_experts": 0,
-    "num_experts_per_tok": 0,
-}
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {**LLAMA_DEFAULTS, "intermediate_size": 11008, "max_position_embeddings": 2048},
-    "mistral": {
-        **LLAMA_DEFAULTS,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-    "qwen2": {
-        **LLAMA_DEFAULTS,
-        "num_key_value_heads": 32,
-        "intermediate_size": 22016,
-        "max_position_embeddings": 32768,
-    },
-    "qwen3": {
-        **LLAMA_DEFAULTS,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "intermediate_size": 22016,
-        "max_position_embeddings": 32768,
-    },
-    "mixtral": {
-        **LLAMA_DEFAULTS,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 131072,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-}
-"""What transformers 5.23 takes where a configuration leaves a key out."""
-
-GPT2_DEFAULTS: dict[str, Any] = {
-    "n_layer": 12,
-    "n_embd": 768,
-    "n_head": 12,
-    "n_inner": None,
-    "n_positions": 1024,
-    "tie_word_embeddings": True,
-}
+from dsllm.spec.config_keys import known_keys
 
 BEYOND_THE_FORMULAS = ("attention_bias", "mlp_bias", "add_cross_attention", "use_sliding_window")
 """Keys that, where they are set, make another network of a type than the formula has."""
@@ -68,10 +16,10 @@ def config_sizes(config: Mapping[str, Any]) -> dict[str, Any] | None:
     layers = set(config.get("layer_types") or ["full_attention"])
     if layers != {"full_attention"} or any(config.get(key) for key in BEYOND_THE_FORMULAS):
         return None
-    family = config.get("model_type")
-    if family == "gpt2":
-        return _gpt2_sizes({**GPT2_DEFAULTS, **config})
-    return _llama_sizes(family, {**DEFAULTS[family], **config}) if family in DEFAULTS else None
+    keys = known_keys(config)
+    if keys is None:
+        return None
+    return _gpt2_sizes(keys) if keys["model_type"] == "gpt2" else _llama_sizes(keys["model_type"], keys)
 
 
 def _gpt2_sizes(config: Mapping[str, Any]) -> dict[str, Any]:

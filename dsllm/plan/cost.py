@@ -135,7 +135,7 @@ def step_time(
 
 def work_seconds(work: Work, run: Workload, gpu: Gpu, assumed: Assumptions = ASSUMPTIONS) -> tuple[float, float]:
     """Seconds of arithmetic and of bytes moved. Raises KeyError for a precision that the GPU does not have."""
-    rate = gpu.flops[run.precision] * gpu.matmul_share * assumed.matmul_share
+    rate = gpu.matmul_flops(run.precision, run.tf32) * gpu.matmul_share * assumed.matmul_share
     arithmetic = work.matmul_flops / rate + work.attention_flops / (rate * assumed.attention_share)
     return arithmetic, work.moved_bytes / (gpu.memory_bytes_per_second * assumed.memory_share)
 
@@ -196,7 +196,7 @@ class Cost:
     step: StepTime
     tokens_per_second: float
     model_flops_utilization: float
-    """Model FLOP, nothing repeated, over the peak of the run's precision."""
+    """Model FLOP, nothing repeated, over the peak of the run's precision, or of TF32 where fp32 may round to it."""
     run_seconds: float
     dollars: float | None
     """None where the price is not known."""
@@ -222,7 +222,7 @@ def run_cost(
     rate = run.tokens_per_step / seconds
     run_seconds = seconds * (run.train_steps + EVALUATION_SHARE * evaluated_steps)
     price = price_per_hour(machine, node_price)
-    peak = machine.gpu.flops[run.precision] * machine.world_size
+    peak = machine.gpu.matmul_flops(run.precision, run.tf32) * machine.world_size
     return Cost(
         step=step,
         tokens_per_second=rate,

@@ -51,6 +51,14 @@ class Gpu:
         """16-bit matrix arithmetic without sparsity, fp32 accumulation, FLOP a second."""
         return self.flops["bf16"] if "bf16" in self.flops else self.flops["fp16"]
 
+    def matmul_flops(self, precision: str, tf32: bool) -> float:
+        """Peak of matrix products in a precision, FLOP a second; TF32's for fp32 where that is allowed and there.
+
+        Raises KeyError for a precision that the hardware does not have.
+        """
+        exact = self.flops[precision]
+        return self.flops.get("tf32", exact) if precision == "fp32" and tf32 else exact
+
     def beside(self, tensor_bytes: int) -> int:
         """Bytes on the device that are not tensors, when tensors take that many."""
         return bytes_beside(tensor_bytes, self.runtime_bytes, self.reserved_ratio)

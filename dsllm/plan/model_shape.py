@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from dsllm.errors import UserError
 from dsllm.plan.config_sizes import config_sizes
-from dsllm.spec.derived import experts, written_config
+from dsllm.spec.derived import config_source, experts, written_config
 from dsllm.units import round_up
 
 if TYPE_CHECKING:
-    from dsllm.spec.sections import AutoModel, Model, Spec
+    from dsllm.spec.sections import Model, Spec
 
 Style = Literal["gpt2", "llama"]
 """How a block is made: layer norms, biases, learned positions and two feed-forward matrices; or RMS norms, rotary
@@ -26,6 +28,17 @@ class Tensor(NamedTuple):
     is_matrix: bool
     is_muons: bool = False
     """Whether it is Muon's, which is a group of its own."""
+    smaller_side: int = 0
+    """Of a matrix, or of each in a stack of them."""
+    stacked: int = 1
+    """Matrices in one tensor, as those of experts."""
+
+    @classmethod
+    def of(cls, sizes: Sequence[int]) -> Tensor:
+        """A vector, a matrix, or where there are more than two sizes a stack of matrices."""
+        if len(sizes) < 2:
+            return cls(prod(sizes), False)
+        return cls(prod(sizes), True, smaller_side=min(sizes[-2:]), stacked=prod(sizes[:-2]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +74,11 @@ class ModelShape:
     @property
     def style(self) -> Style:
         return "gpt2" if self.family == "gpt2" else "llama"
+
+    @property
+    def activation_slack(self) -> float:
+        """What predicted activations are multiplied with, so that none falls short."""
+        return 1.0
 
     @property
     def query_size(self) -> int:
@@ -126,8 +144,8 @@ class ModelShape:
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         """Every allocated parameter once, in the order of transformers' modules."""
-        embedding = Tensor(self.embedding_parameters, True)
-        positions = [Tensor(self.position_parameters, True)] if self.position_parameters else []
+        embedding = Tensor.of((self.embedding_parameters // self.hidden_size, self.hidden_size))
+        positions = [Tensor.of((self.max_position_embeddings, self.hidden_size))] if self.position_parameters else []
         head = [] if self.tie_word_embeddings else [embedding]
         return (embedding, *positions, *self.block_tensors * self.num_layers, *_norm(self), *head)
 
@@ -160,16 +178,16 @@ def _gated_feed_forward(shape: ModelShape) -> list[Tensor]:
     hidden, inner, experts = shape.hidden_size, shape.intermediate_size, shape.num_experts
     if not experts:
         return _matrix(hidden, inner) * 3
-    return [*_matrix(experts, hidden), *_matrix(experts * 2 * inner, hidden), *_matrix(experts * inner, hidden)]
+    return [*_matrix(experts, hidden), Tensor.of((experts, 2 * inner, hidden)), Tensor.of((experts, hidden, inner))]
 
 
 def _matrix(rows: int, columns: int) -> list[Tensor]:
-    return [Tensor(rows * columns, True)]
+    return [Tensor.of((rows, columns))]
 
 
 def _linear(rows: int, columns: int) -> list[Tensor]:
     """A matrix and its bias."""
-    return [Tensor(rows * columns, True), Tensor(columns, False)]
+    return [*_matrix(rows, columns), Tensor(columns, False)]
 
 
 def _norm(shape: ModelShape) -> list[Tensor]:
@@ -184,11 +202,17 @@ def model_shape(spec: Spec) -> ModelShape:
     model = spec.model
     padded_vocab_size = round_up(spec.vocab_size, model.vocab_padding_multiple)
     if model.family == "auto":
-        sizes = config_sizes(written_config(model))
+        config = written_config(model)
+        if not config:
+            raise UserError(
+                f"model.config: given '{config_source(model)[0]}', no folder here: its sizes are known when it has "
+                "been read from the Hub; give a folder that has a config.json, or read it where transformers is"
+            )
+        sizes = config_sizes(config)
         if sizes is None:
             raise UserError(
-                f"model.config: {_named(model)}, whose sizes no formula here has: they are traced, which needs torch; "
-                "pip install 'dsllm[train]'"
+                f"model.config: model type {config.get('model_type')}, whose sizes no formula here has: they are "
+                "traced, which needs torch; pip install 'dsllm[train]'"
             )
         return ModelShape(**sizes, vocab_size=spec.vocab_size, padded_vocab_size=padded_vocab_size)
     num_experts, num_experts_per_token = experts(model)
@@ -210,11 +234,6 @@ def model_shape(spec: Spec) -> ModelShape:
         num_experts_per_token=num_experts_per_token,
         sliding_window=model.sliding_window,
     )
-
-
-def _named(model: AutoModel) -> str:
-    config = written_config(model)
-    return f"model type {config.get('model_type')}" if config else f"given {model.config!r}, no folder here"
 
 
 def has_formula(spec: Spec) -> bool:

@@ -31,7 +31,7 @@ def optimizer_tensors(run: Workload) -> tuple[Tensor, ...]:
 
 def muon_parameters(run: Workload) -> int:
     """All of Muon's."""
-    return sum(tensor.elements for tensor in optimizer_tensors(run) if tensor.is_muons)
+    return sum(tensor.elements for tensor in _muons(run))
 
 
 def spared_bytes(run: Workload) -> int:
@@ -40,16 +40,27 @@ def spared_bytes(run: Workload) -> int:
 
 
 def orthogonalisation_flops(run: Workload) -> int:
-    """Of a step, over all ranks that share it: five iterations of three products with the smaller side, which is the
-    model's width or near it; 6 for each element of a square matrix, 4 for each of a very long one."""
-    return NEWTON_SCHULZ_STEPS * 6 * run.shape.hidden_size * muon_parameters(run)
+    """Of a step, over all ranks that share it: in an iteration two products of a matrix with its smaller side, and one
+    of that side's square with itself."""
+    return NEWTON_SCHULZ_STEPS * sum(
+        4 * tensor.smaller_side * tensor.elements + 2 * tensor.stacked * tensor.smaller_side**3
+        for tensor in _muons(run)
+    )
 
 
 def orthogonalisation_bytes(run: Workload, world_size: int) -> int:
-    """In the step, at most: copies of the matrix at work, and at stage 3, where every matrix is cut among the ranks,
-    pieces on their way there and back."""
-    sizes = [tensor.elements for tensor in optimizer_tensors(run) if tensor.is_muons]
-    copies = NEWTON_SCHULZ_COPIES * run.element_bytes * max(sizes, default=0)
+    """In the step, at most: a tensor as it came and copies of the matrix of it that is at work; and at stage 3, where
+    every tensor is cut among the ranks, pieces that go, arrive and come back. A whole tensor arrives at a time at
+    least."""
+    tensors = _muons(run)
+    largest = max((tensor.elements for tensor in tensors), default=0)
+    at_work = max((t.elements + (NEWTON_SCHULZ_COPIES - 1) * t.elements // t.stacked for t in tensors), default=0)
     if run.zero.stage < 3 or world_size == 1:
-        return copies
-    return copies + 3 * run.element_bytes * min(EXCHANGED_ELEMENTS, -(-sum(sizes) // world_size))
+        return run.element_bytes * at_work
+    share = -(-sum(tensor.elements for tensor in tensors) // world_size)
+    sent = min(EXCHANGED_ELEMENTS, share)
+    return run.element_bytes * (at_work + 2 * sent + max(sent, largest))
+
+
+def _muons(run: Workload) -> list[Tensor]:
+    return [tensor for tensor in optimizer_tensors(run) if tensor.is_muons]

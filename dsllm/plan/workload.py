@@ -70,6 +70,8 @@ class Workload:
     """Sequences; None leaves the choice to the planner."""
     train_steps: int
     precision: Precision = "bf16"
+    tf32: bool = True
+    """Whether fp32 matrix products may round their inputs to TF32 on a GPU that has it."""
     gradient_accumulation_precision: Precision | Literal["auto"] = "auto"
     activation_checkpointing: Checkpointing = "none"
     loss: LossImplementation = "chunked"
@@ -153,6 +155,7 @@ def workload(spec: Spec, loss: LossImplementation | None = None, shape: ModelSha
         micro_batch_size=None if micro == "auto" else micro,
         train_steps=spec.train_steps,
         precision=training.precision,
+        tf32=training.tf32,
         gradient_accumulation_precision=training.gradient_accumulation_precision,
         activation_checkpointing=training.activation_checkpointing,
         loss=loss or implementation,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any
+
+from dsllm.spec.config_keys import is_size, known_keys
 
 if TYPE_CHECKING:
     from dsllm.spec.sections import AnyModel, AutoModel, Data, Model, Source, Spec, Tokenizer, Training
@@ -34,7 +37,8 @@ def vocab_size(model: AnyModel, tokenizer: Tokenizer) -> int | None:
     """Tokens that the model knows, before padding; None where neither section tells."""
     size = model.vocab_size or tokenizer_vocab_size(tokenizer)
     if size is None and model.family == "auto":
-        return written_config(model).get("vocab_size")
+        written = written_config(model).get("vocab_size")
+        return written if is_size(written) else None
     return size
 
 
@@ -62,21 +66,33 @@ def config_source(model: AutoModel) -> tuple[str, str | None]:
     return model.init.name, model.init.revision
 
 
+OF_NO_BLOCK = ("summary", "classifier", "layerdrop")
+"""In names of keys with "drop" that no activation passes."""
+DROPOUT_DEFAULTS = dict.fromkeys(("gpt2", "gpt_bigcode", "gptj", "opt", "xglm", "biogpt"), 0.1)
+"""transformers', of the types that drop out where their configuration says nothing."""
+
+
 def dropout(model: AnyModel) -> float:
-    """Of residuals and attention in training."""
-    if model.family != "auto":
-        return model.dropout
-    config = written_config(model)
-    # GPT-2's name of it, and its default; the newer families have none
-    rate: float = config.get("resid_pdrop", 0.1 if config.get("model_type") == "gpt2" else 0.0)
-    return rate
+    """Of residuals and attention in training, the largest."""
+    return dropout_of(written_config(model)) if model.family == "auto" else model.dropout
+
+
+def dropout_of(config: Mapping[str, Any]) -> float:
+    """The same of a configuration of transformers."""
+    rates = [
+        rate
+        for key, rate in config.items()
+        if "drop" in key and isinstance(rate, int | float) and not any(name in key for name in OF_NO_BLOCK)
+    ]
+    return max(rates, default=DROPOUT_DEFAULTS.get(str(config.get("model_type")), 0.0))
 
 
 def initializer_range(model: AnyModel) -> float:
     """Standard deviation of the initial weights."""
     if model.family != "auto":
         return model.initializer_range
-    deviation: float = written_config(model).get("initializer_range", 0.02)  # transformers' own default
+    config = written_config(model)
+    deviation: float = config.get("initializer_range", config.get("init_std", 0.02))  # transformers' own default
     return deviation
 
 
@@ -85,7 +101,9 @@ def max_positions(model: AnyModel) -> int | None:
     if model.family != "auto":
         return model.max_position_embeddings
     config = written_config(model)
-    return config.get("max_position_embeddings") or config.get("n_positions")  # the latter is GPT-2's name
+    keys = known_keys(config) or config
+    limits = (keys.get("max_position_embeddings"), keys.get("n_positions"))  # the latter is GPT-2's name
+    return next((limit for limit in limits if is_size(limit)), None)
 
 
 def train_steps(training: Training, tokens_per_step: int) -> int:

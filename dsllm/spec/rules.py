@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dsllm.errors import UserError
+from dsllm.spec.config_keys import wrong_keys
 from dsllm.spec.derived import (
     PRETRAINED_VOCAB_SIZES,
-    experts,
     max_positions,
     source_labels,
     tokenizer_vocab_size,
     train_steps,
     vocab_size,
+    written_config,
 )
 from dsllm.spec.layers import layer_numbers, parse_layers
+from dsllm.spec.sizes import sizes_of
 
 if TYPE_CHECKING:
     from dsllm.spec.sections import (
@@ -68,42 +70,49 @@ def _differs_from_default(section: Section, field: str) -> bool:
 
 
 @rule
+def written_config_has_sizes(model: AnyModel) -> Iterator[str]:
+    if model.family == "auto":
+        yield from wrong_keys(written_config(model))
+
+
+@rule
 def heads_divide_the_width(model: AnyModel) -> Iterator[str]:
-    if model.family == "auto" or (model.head_size is not None and "head_size" in FAMILY_FIELDS[model.family]):
+    sizes = sizes_of(model)
+    if sizes is None or (sizes.head_size is not None and "head_size" in FAMILY_FIELDS[sizes.family]):
         return
-    width, heads = model.hidden_size, model.num_attention_heads
+    width, heads, names = sizes.hidden_size, sizes.num_attention_heads, sizes.names
     if width % heads:
         yield (
-            f"model.num_attention_heads: given {heads} with hidden_size {width}; the heads must divide the width; "
-            f"try num_attention_heads {_nearest_divisor(width, heads)}, or "
-            f"hidden_size {_nearest_multiple(width, heads)}"
+            f"{sizes.given('num_attention_heads')} with {names['hidden_size']} {width}; the heads must divide the "
+            f"width; try {names['num_attention_heads']} {_nearest_divisor(width, heads)}, or "
+            f"{names['hidden_size']} {_nearest_multiple(width, heads)}"
         )
-    elif model.family != "gpt2" and (width // heads) % 2:
+    elif sizes.family != "gpt2" and (width // heads) % 2:
         yield (
-            f"model.num_attention_heads: given {heads} with hidden_size {width}, which is {width // heads} a head; "
-            f"rotary positions need an even number; change either"
+            f"{sizes.given('num_attention_heads')} with {names['hidden_size']} {width}, which is {width // heads} a "
+            "head; rotary positions need an even number; change either"
         )
 
 
 @rule
 def head_size_is_even(model: AnyModel) -> Iterator[str]:
-    if model.family == "auto" or model.head_size is None or "head_size" not in FAMILY_FIELDS[model.family]:
+    sizes = sizes_of(model)
+    if sizes is None or sizes.head_size is None or "head_size" not in FAMILY_FIELDS[sizes.family]:
         return
-    if model.head_size % 2:
-        yield (
-            f"model.head_size: given {model.head_size}; rotary positions need an even number; try {model.head_size + 1}"
-        )
+    if sizes.head_size % 2:
+        yield f"{sizes.given('head_size')}; rotary positions need an even number; try {sizes.head_size + 1}"
 
 
 @rule
 def key_value_heads_divide_the_heads(model: AnyModel) -> Iterator[str]:
-    if model.family == "auto" or model.family == "gpt2":
+    sizes = sizes_of(model)
+    if sizes is None or sizes.family == "gpt2":
         return
-    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    heads, groups = sizes.num_attention_heads, sizes.num_key_value_heads
     if groups is not None and heads % groups:
         yield (
-            f"model.num_key_value_heads: given {groups} with num_attention_heads {heads}; the former must divide the "
-            f"latter; try {_nearest_divisor(heads, groups)}"
+            f"{sizes.given('num_key_value_heads')} with {sizes.names['num_attention_heads']} {heads}; the former must "
+            f"divide the latter; try {_nearest_divisor(heads, groups)}"
         )
 
 
@@ -152,34 +161,36 @@ def automatic_model_has_a_config(model: AnyModel) -> Iterator[str]:
 
 @rule
 def experts_are_enough_to_choose_among(model: AnyModel) -> Iterator[str]:
-    if model.family != "mixtral":
+    sizes = sizes_of(model)
+    if sizes is None or sizes.family != "mixtral":
         return
-    num_experts, chosen = experts(model)
+    num_experts, chosen, name = sizes.num_experts, sizes.num_experts_per_token, sizes.names["num_experts"]
     if chosen > num_experts:
         yield (
-            f"model.num_experts_per_token: given {chosen} with num_experts {num_experts}; a token cannot take more "
-            f"experts than there are; lower it to {num_experts} or less, or raise num_experts"
+            f"{sizes.given('num_experts_per_token')} with {name} {num_experts}; a token cannot take more experts than "
+            f"there are; lower it to {num_experts} or less, or raise {name}"
         )
     elif chosen == 1:
         # transformers scales the chosen experts' weights to a sum of 1: a single one's is 1 whatever the router finds
         yield (
-            "model.num_experts_per_token: given 1; the chosen experts share a weight of 1, and the router of a single "
-            "one would learn nothing; give 2 or more"
+            f"{sizes.given('num_experts_per_token')}; the chosen experts share a weight of 1, and the router of a "
+            "single one would learn nothing; give 2 or more"
         )
 
 
 @rule
 def experts_have_aligned_rows(model: AnyModel, training: Training) -> Iterator[str]:
     # torch's grouped_mm, which multiplies all experts at once: "strides should be multiple of 16 bytes"
-    if model.family != "mixtral":
+    sizes = sizes_of(model)
+    if sizes is None or sizes.family != "mixtral":
         return
     multiple = 4 if training.precision == "fp32" else 8
     for field in ("hidden_size", "intermediate_size"):
-        width = getattr(model, field)
+        width = getattr(sizes, field)
         if width is not None and width % multiple:
             yield (
-                f"model.{field}: given {width} with precision {training.precision}; experts are multiplied together, "
-                f"for which it must be a multiple of {multiple}; try {_nearest_multiple(width, multiple)}"
+                f"{sizes.given(field)} with precision {training.precision}; experts are multiplied together, for which "
+                f"it must be a multiple of {multiple}; try {_nearest_multiple(width, multiple)}"
             )
 
 

@@ -32,7 +32,8 @@ FP32_CASES = [
 ]
 HALF_CASES = [
     *(case(stage, 2, "training.precision=bf16") for stage in STAGES),
-    case(2, 2, "training.precision=fp16", "training.loss_scale=1024.0"),
+    *(case(stage, 2, "training.precision=fp16", "training.loss_scale=1024.0") for stage in (1, 2, 3)),
+    case(2, 2, "training.precision=bf16", OFFLOADED),
 ]
 
 

@@ -18,8 +18,20 @@ pytestmark = pytest.mark.distributed
 
 MUON = "optimizer={name: muon, learning_rate: 3.0e-3}"
 BF16 = "training.precision=bf16"
-RUNS = {"stage 2": (2, [MUON]), "stage 3": (3, [MUON]), "stage 1 bf16": (1, [MUON, BF16])}
-ON_TWO_RANKS = [("stage 2", 2), ("stage 3", 3), ("stage 1 bf16", 1), ("stage 3", 1), ("stage 2", 3)]
+RUNS = {
+    "stage 2": (2, [MUON]),
+    "stage 3": (3, [MUON]),
+    "stage 1 bf16": (1, [MUON, BF16]),
+    "stage 0 bf16": (0, [MUON, BF16]),
+}
+ON_TWO_RANKS = [
+    ("stage 2", 2),
+    ("stage 3", 3),
+    ("stage 1 bf16", 1),
+    ("stage 0 bf16", 0),
+    ("stage 3", 1),
+    ("stage 2", 3),
+]
 ON_ONE_RANK = [("stage 3", 2), ("stage 2", 0)]
 
 

@@ -29,6 +29,15 @@ FP32_CASES = [
 BF16_CASES = [
     {"family": "gpt2", "stage": stage, "accumulation": 2, "overrides": ["training.precision=bf16"]} for stage in STAGES
 ]
+FP16_CASES = [
+    {
+        "family": "gpt2",
+        "stage": stage,
+        "accumulation": 2,
+        "overrides": ["training.precision=fp16", "training.loss_scale=1024.0"],
+    }
+    for stage in (1, 2, 3)
+]
 PACKED_CASES = [
     {"family": "gpt2", "stage": 1, "accumulation": 4, "overrides": [], "is_packed": True},
     {
@@ -44,7 +53,7 @@ PACKED_CASES = [
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
 def outcomes(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What every case gave on rank 0, from one start of DeepSpeed."""
-    cases = {"cases": FP32_CASES + BF16_CASES + PACKED_CASES, "steps": STEPS}
+    cases = {"cases": FP32_CASES + BF16_CASES + FP16_CASES + PACKED_CASES, "steps": STEPS}
     return run_python_ranks(
         Path(__file__).with_name("small_runs.py"), "run_cases", cases, num_ranks=request.param, timeout_seconds=280
     )[0]
@@ -65,8 +74,8 @@ def test_fp32_losses_and_norms_equal_the_plain_loop_at_every_stage(outcomes, ref
     assert outcomes[0]["losses"][-1] < outcomes[0]["losses"][0] - 0.5, "nothing was learned"
 
 
-def test_bf16_losses_agree_over_the_stages_and_with_fp32(outcomes, references) -> None:
-    for case, outcome in zip(BF16_CASES, outcomes[len(FP32_CASES) :], strict=False):
+def test_losses_in_half_precision_agree_over_the_stages_and_with_fp32(outcomes, references) -> None:
+    for case, outcome in zip(BF16_CASES + FP16_CASES, outcomes[len(FP32_CASES) :], strict=False):
         assert outcome["losses"] == pytest.approx(references["gpt2", ()].losses, abs=3e-2), case
 
 

@@ -174,7 +174,7 @@ def _narrow(spec: Spec) -> AnyModel:
         "dropout": 0.0,
         # half the window of the whole run, so that there is something to leave out
         "sliding_window": None if model.sliding_window is None else SEQUENCE_LENGTH // 2,
-        "num_experts": min(num_experts, max(4, num_experts_per_token)) or None,
+        "num_experts": min(num_experts, max(4, 2 * num_experts_per_token)) or None,
     }
     return model.model_copy(update=shape)
 

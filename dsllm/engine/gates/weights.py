@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dsllm.engine import ranks
 from dsllm.engine.gates.check import Check
 from dsllm.model.gather import gathered
-from dsllm.model.initialize import Distribution, initial_distribution
+from dsllm.model.initialize import Distribution, initial_distribution, initializer_range
 
 if TYPE_CHECKING:
     from dsllm.engine.starting_point import StartingPoint
@@ -48,7 +48,7 @@ def check_weights(causal_lm: PreTrainedModel, start: StartingPoint | None = None
     return _check(
         causal_lm,
         lambda name, parameter: deviation(parameter, initial_distribution(name, parameter.ndim, config)),
-        expected=f"matrices of deviation {config.initializer_range:g}, less before the residual; biases 0, norms 1",
+        expected=f"matrices of deviation {initializer_range(config):g}, less before the residual; biases 0, norms 1",
         remedy="they are not what the initialiser draws: report it with the spec",
     )
 
