@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils.logging import disable_progress_bar
 from typer.testing import CliRunner
 
 from dsllm.cli.app import app
@@ -89,6 +90,12 @@ def test_hellaswag_needs_nothing_but_a_model_and_the_file(exported: Path, rows: 
         assert report["hellaswag"][score] == pytest.approx(sum(item[score] for item in golden) / NUM_ITEMS)
 
 
+def test_without_a_terminal_nothing_is_written_beside_the_report(exported: Path, rows: Path) -> None:
+    disable_progress_bar()  # as a fresh process has it
+    result = CliRunner().invoke(app, ["evaluate", str(exported), "--hellaswag", str(rows), "--items", "2"])
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
 def test_items_and_precision_are_those_that_are_asked_for(exported: Path, rows: Path) -> None:
     report = said(exported, "--hellaswag", rows, "--items", "7", "--precision", "bf16")
     assert (report["hellaswag"]["items"], report["precision"]) == (7, "bf16")
@@ -157,6 +164,11 @@ def test_a_file_of_rows_that_is_not_there_is_refused_before_the_model_is_read(tm
     (tmp_path / "config.json").write_text("no model")
     with pytest.raises(DataError, match="no such file; give a JSONL file of HellaSwag's rows"):
         dsllm(tmp_path, "--hellaswag", tmp_path / "gone.jsonl")
+
+
+def test_an_empty_name_of_hellaswag_is_refused(exported: Path) -> None:
+    with pytest.raises(DataError, match="hellaswag: given an empty name; give a JSONL file of HellaSwag's rows, or a"):
+        dsllm(exported, "--hellaswag", "")
 
 
 def test_batches_without_a_spec_have_no_size(exported: Path, tmp_path: Path) -> None:

@@ -108,6 +108,13 @@ def test_a_stop_text_ends_a_sample(capsys, monkeypatch, model: Path) -> None:
         (["--prompt", "-"], "--prompt -: not UTF-8 text at byte 1; save it as UTF-8"),
         (["--device", "cuda"], "--device: given cuda, and torch finds no GPU here; choose cpu, or auto"),
         (["--samples", "2", "--temperature", "0"], "--samples: given 2 at --temperature 0, where all are the same"),
+        (["--temperature", "1e-42"], "--temperature: given 1e-42; must be 0, or from 0.001 to 1000; choose 0 for"),
+        (["--temperature", "inf"], "--temperature: given inf; must be 0, or from 0.001 to 1000"),
+        (["--temperature", "nan"], "--temperature: given nan; must be 0, or from 0.001 to 1000"),
+        (["--temperature", "-1"], "--temperature: given -1; must be 0, or from 0.001 to 1000"),
+        (["--top-p", "nan"], "--top-p: given nan; must be from 0 to 1; choose 1 for all tokens"),
+        (["--top-p", "1.5"], "--top-p: given 1.5; must be from 0 to 1"),
+        (["--stop", "x", "--stop", ""], "--stop: given an empty text, before which everything would end; give some"),
         (["--prompt", "x" * 80], "--prompt: given 80 tokens; the model has 64 positions; shorten it"),
     ],
 )
@@ -116,6 +123,28 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, model: Path, flags: list[str
     assert (status, out) == (2, "")
     assert err.startswith(f"dsllm: {message}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [["--temperature", "0.001"], ["--temperature", "1000"], ["--seed", str(2**63 - 1)]])
+def test_the_outermost_choices_are_taken(capsys, monkeypatch, model: Path, flags: list[str]) -> None:
+    status, out, err = run(capsys, monkeypatch, "generate", model, "--prompt", "def", "--max-new-tokens", 4, *flags)
+    assert (status, err) == (0, "")
+    assert out.startswith("def")
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_seed_that_torch_does_not_take_is_a_mistake(capsys, monkeypatch, model: Path, command: str) -> None:
+    for seed in (-1, 2**63):
+        status, out, err = run(capsys, monkeypatch, command, model, "--seed", seed)
+        assert (status, out) == (2, "")
+        assert "Invalid value for '--seed'" in err
+
+
+def test_a_folder_that_is_not_there_is_a_mistake(capsys, monkeypatch, tmp_path: Path) -> None:
+    for command in ("generate", "chat"):
+        status, _, err = run(capsys, monkeypatch, command, tmp_path / "gone")
+        assert status == 2
+        assert err.startswith(f"dsllm: {tmp_path}/gone: no such folder; give a run, one of its checkpoints, or an exp")
 
 
 def test_a_folder_that_holds_no_model_is_a_mistake(capsys, monkeypatch, tmp_path: Path) -> None:
@@ -176,9 +205,9 @@ def test_labels_and_a_beginning_of_ones_own_change_what_is_read(capsys, monkeypa
     flags = ["chat", model, "--max-new-tokens", 8]
     answers = {
         run(capsys, monkeypatch, *flags, *more, stdin=b"the fox\n")[1]
-        for more in ([], ["--user", "Q:"], ["--model", "A:"], ["--system", "def"])
+        for more in ([], ["--user", "Q:"], ["--model", "A:"], ["--system", "def"], ["--user", ""], ["--model", ""])
     }
-    assert len(answers) == 4
+    assert len(answers) == 6
 
 
 def test_a_session_is_saved_where_no_file_is_yet(capsys, monkeypatch, model: Path, tmp_path: Path) -> None:

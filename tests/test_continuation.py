@@ -113,7 +113,17 @@ def test_tokens_are_drawn_as_their_logits_say() -> None:
     assert draws(logits, 0.0, 0) == {2: 2000}
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.0])
 def test_logits_that_are_no_numbers_give_some_token(temperature: float) -> None:
     assert set(draws([torch.nan] * 3, temperature, 2, count=10)) <= {0, 1, 2}
     assert set(draws([torch.nan, torch.inf, -torch.inf], temperature, 0, count=10)) == {1}
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-42])
+def test_next_to_temperature_0_the_likeliest_is_drawn_whatever_its_logit(temperature: float) -> None:
+    assert draws([3.0, -1e4, 2.5], temperature, 0, count=20) == {0: 20}
+    assert draws([-torch.inf, torch.inf, 0.0], temperature, 0, count=20) == {1: 20}
+
+
+def test_at_an_infinite_temperature_all_tokens_are_as_likely() -> None:
+    assert set(draws([-torch.inf, torch.inf, 0.0], float("inf"), 0, count=50)) == {0, 1, 2}

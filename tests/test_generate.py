@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, MptConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, MptConfig
 
 from dsllm.errors import DsllmError, UserError
 from dsllm.model.generate import Sampling, encode_prompt, generate
@@ -146,6 +146,21 @@ def test_a_text_ends_at_the_tokens_that_end_texts_which_are_not_counted(
     before_it = expected[: expected.index(end)]
     assert written.num_tokens == len(before_it)
     assert decode(tokenizer, context) + written.text == decode(tokenizer, context + before_it)
+
+
+@pytest.mark.parametrize(
+    "own", [{"num_beams": 4}, {"repetition_penalty": 5.0, "max_length": 7, "min_new_tokens": 2, "min_p": 0.9}]
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_how_a_model_would_choose_by_itself_changes_nothing(
+    speaker: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, own: dict[str, Any], temperature: float
+) -> None:
+    sampling = Sampling(max_new_tokens=16, temperature=temperature)
+    expected = write(speaker, "def main(", sampling)
+    settings = GenerationConfig(**own)
+    monkeypatch.setattr(speaker[0], "generation_config", settings)
+    assert write(speaker, "def main(", sampling) == expected
+    assert speaker[0].generation_config is settings
 
 
 def test_a_text_ends_where_the_positions_do(speaker: tuple[Any, Any]) -> None:

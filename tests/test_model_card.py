@@ -41,7 +41,7 @@ def facts_of(*overrides: str, measured: dict[str, Measured] | None = None, **pas
 
 def test_the_front_matter_names_what_the_hub_knows(model: Any) -> None:
     init = "model.init={kind: pretrained, name: some-one/base-124m, revision: v2, layers: '0-1,10-11'}"
-    card = ModelCard(model_card("m", facts_of(SOURCES, init), model))
+    card = ModelCard(model_card("m", facts_of(SOURCES, init, init={"is_folder": False}), model))
     assert card.data.to_dict() == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -50,13 +50,14 @@ def test_the_front_matter_names_what_the_hub_knows(model: Any) -> None:
         "datasets": ["Skylion007/openwebtext"],
     }
     assert "| from | the weights of some-one/base-124m at v2, its layers 0-1,10-11 |" in card.text
+    assert "parameters, which started from some-one/base-124m and was trained on " in card.text
+    assert "pre-trained on" not in card.text
 
 
-def test_a_folder_is_no_name_on_the_hub(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "out" / "base").mkdir(parents=True)
+@pytest.mark.parametrize("passport", [{"init": {"is_folder": True}}, {}], ids=["recorded", "not recorded"])
+def test_a_folder_is_no_name_on_the_hub_though_it_is_gone(model: Any, passport: dict[str, Any]) -> None:
     for name in ("out/base", "/srv/secret/base", "~/base"):
-        text = model_card("m", facts_of(f"model.init={{kind: pretrained, name: {name}}}"), model)
+        text = model_card("m", facts_of(f"model.init={{kind: pretrained, name: {name}}}", **passport), model)
         assert ModelCard(text).data.base_model is None
         assert "/srv" not in text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -18,11 +20,26 @@ TEXTS = [
     "naïve café — “quoted” 漢字 🙂 \u2581 \u0301",
     "<0x41> <unk> <|endoftext|> kali<|endoftext|>",
     "x",
+    "e\u0301te\u0301",
 ]
 
 
 def byte_level() -> Tokenizer:
     return train_bpe(BpeTokenizer(kind="bpe", vocab_size=500), [" ".join(WORDS)] * 8)
+
+
+def byte_level_with_a_space_before() -> Tokenizer:
+    """As GPT-2's with `add_prefix_space`, or RoBERTa's."""
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+def byte_level_of_composed_characters() -> Tokenizer:
+    """As Qwen's."""
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
 
 
 def sentencepiece(algorithm: str) -> Tokenizer:
@@ -47,6 +64,8 @@ def llama_2() -> Tokenizer:
 
 TOKENIZERS = {
     "byte-level": byte_level,
+    "byte-level, a space before": byte_level_with_a_space_before,
+    "byte-level, normalised": byte_level_of_composed_characters,
     "sentencepiece bpe": lambda: sentencepiece("bpe"),
     "sentencepiece unigram": lambda: sentencepiece("unigram"),
     "as Llama 2": llama_2,
@@ -69,8 +88,15 @@ def stream_of(tokenizer: Tokenizer, texts: list[str]) -> tuple[np.ndarray, int]:
 
 def num_bytes(tokenizer: Tokenizer, texts: list[str]) -> int:
     """Of the texts as the tokenizer reads them."""
-    has_marks = tokenizer.normalizer is not None
-    return sum(len((text.replace("\u2581", " ") if has_marks else text).encode()) for text in texts)
+    return sum(len(as_it_is_read(tokenizer, text).encode()) for text in texts)
+
+
+def as_it_is_read(tokenizer: Tokenizer, text: str) -> str:
+    if isinstance(tokenizer.normalizer, normalizers.NFC):
+        return unicodedata.normalize("NFC", text)
+    if getattr(tokenizer.pre_tokenizer, "add_prefix_space", False):
+        return text.removeprefix(" ")  # for which the tokenizer puts none
+    return text.replace("\u2581", " ") if tokenizer.normalizer is not None else text
 
 
 def counter(tokenizer: Tokenizer, end: int) -> TextBytes:
@@ -118,4 +144,11 @@ def test_a_vocabulary_whose_tokens_have_no_bytes_of_their_own_is_not_counted() -
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     assert text_bytes(tokenizer, 0) is None
     tokenizer.decoder = decoders.WordPiece()
+    assert text_bytes(tokenizer, 0) is None
+
+
+def test_spaces_before_every_piece_of_a_text_are_not_counted() -> None:
+    tokenizer = byte_level()
+    steps = [pre_tokenizers.Split("\t", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=True)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     assert text_bytes(tokenizer, 0) is None

@@ -27,7 +27,8 @@ from dsllm.checkpoint.states import (
     open_states,
 )
 from dsllm.checkpoint.verify import faults_of
-from dsllm.errors import CheckpointError, UserError
+from dsllm.errors import CheckpointError
+from dsllm.model.output_folder import refuse_filled
 from dsllm.units import format_bytes
 
 FP32_BYTES = 4
@@ -45,8 +46,7 @@ def convert(
     Raises UserError where `output` holds something, CheckpointError for a damaged checkpoint or a disk without room.
     """
     target = output or universal_folder(checkpoint)
-    if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise UserError(f"{target}: not empty; choose another folder for the converted checkpoint, or empty it")
+    refuse_filled(target, "the converted checkpoint")
     if faults := faults_of(checkpoint):
         raise CheckpointError(f"{checkpoint}: {faults[0]}; convert another checkpoint")
     states, manifest = open_states(checkpoint), read_manifest(checkpoint)

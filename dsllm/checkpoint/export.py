@@ -19,7 +19,9 @@ from dsllm.checkpoint.verify import faults_of
 from dsllm.data.tokenizer import token_count
 from dsllm.errors import CheckpointError, UserError
 from dsllm.model.build import DTYPES, build_model, model_config
+from dsllm.model.output_folder import refuse_filled
 from dsllm.model.positions import num_positions
+from dsllm.model.pretrained import load_pretrained
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Precision, Spec
 
@@ -44,8 +46,7 @@ def export_run(
     checkpoint, and where what was written does not give the same logits when it is read back; then nothing stays in
     `output`.
     """
-    if output.is_file() or (output.exists() and any(output.iterdir())):
-        raise UserError(f"{output}: not empty; choose another folder for the exported model, or empty it")
+    refuse_filled(output, "the exported model")
     checkpoint, spec = find_run(run)
     if faults := faults_of(checkpoint):
         raise CheckpointError(f"{checkpoint}: {faults[0]}; export another checkpoint of the run")
@@ -65,15 +66,25 @@ def export_run(
 
 
 def load_any(source: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of an exported folder, a run, or a checkpoint, on the CPU in fp32."""
-    if (source / "config.json").is_file():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=False)
-        return model.eval(), AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    checkpoint, spec = find_run(source)
+    """Model and tokenizer of an exported folder, a run, or a checkpoint, on the CPU in fp32.
+
+    Raises UserError, CheckpointError where it is none, or broken.
+    """
+    checkpoint = checkpoint_of(source)
+    if checkpoint is None:
+        return load_pretrained(source)
+    _, spec = find_run(checkpoint)
     model = load_trained(checkpoint, spec, torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(run_folder_of(checkpoint) / "tokenizer", trust_remote_code=False)
     _set_special_tokens(model, tokenizer)
     return model, tokenizer
+
+
+def checkpoint_of(source: Path) -> Path | None:
+    """Of a run or checkpoint; None of a Hugging Face folder. Raises UserError for what is neither."""
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; give a run, one of its checkpoints, or an exported folder")
+    return None if (source / "config.json").is_file() else checkpoint_at(source)
 
 
 def find_run(run: Path) -> tuple[Path, Spec]:

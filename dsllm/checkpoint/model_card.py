@@ -34,8 +34,8 @@ def model_card(name: str, facts: RunFacts, model: PreTrainedModel) -> str:
     seen = f"{facts.checkpoint.step * spec.tokens_per_step:,} tokens"
     sections = [
         f"# {spec.name}",
-        f"A {model.config.model_type} language model of {format_count(shape.parameters)} parameters, pre-trained "
-        f"on {seen} with dsllm on DeepSpeed. It goes on with text; it was not taught to follow instructions.",
+        f"A {model.config.model_type} language model of {format_count(shape.parameters)} parameters, "
+        f"{_lead(spec, seen)}",
         _usage(name),
         _table("Model", ("", ""), _model_rows(model, shape)),
         _table("Training", ("", ""), _training_rows(facts)),
@@ -45,20 +45,34 @@ def model_card(name: str, facts: RunFacts, model: PreTrainedModel) -> str:
         _table("Versions", ("", ""), _version_rows(facts.passport)),
         _reproduction(facts),
     ]
-    return f"---\n{_metadata(spec, model).to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
+    return f"---\n{_metadata(facts, model).to_yaml()}\n---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _metadata(spec: Spec, model: PreTrainedModel) -> ModelCardData:
-    """The front matter. No licence: nothing here knows one."""
+def _lead(spec: Spec, seen: str) -> str:
+    """What was done to the model, and what it can do; of one that it started from only the name is known."""
     init = spec.model.init
+    if isinstance(init, Pretrained):
+        return f"which started from {_last_part(init.name)} and was trained on {seen} more with dsllm on DeepSpeed."
+    skill = "It goes on with text; it was not taught to follow instructions."
+    return f"pre-trained on {seen} with dsllm on DeepSpeed. {skill}"
+
+
+def _metadata(facts: RunFacts, model: PreTrainedModel) -> ModelCardData:
+    """The front matter. No licence: nothing here knows one."""
+    spec, init = facts.spec, facts.spec.model.init
     sets = [source.name for source in spec.data.sources if source.kind == "huggingface" and _is_on_hub(source.name)]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["dsllm", "deepspeed", model.config.model_type],
-        base_model=init.name if isinstance(init, Pretrained) and _is_on_hub(init.name) else None,
+        base_model=init.name if isinstance(init, Pretrained) and _was_on_hub(facts.passport) else None,
         datasets=sets or None,
     )
+
+
+def _was_on_hub(passport: Mapping[str, Any]) -> bool:
+    """Whether the model that a run started from was no folder when it did: the folder may be gone since."""
+    return passport.get("init", {}).get("is_folder") is False
 
 
 def _is_on_hub(name: str) -> bool:

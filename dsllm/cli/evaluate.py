@@ -88,7 +88,7 @@ def evaluate(
     task_options = {"--include-path": include_path, "--limit": limit, "--num-fewshot": num_fewshot}
     _refuse_without("--tasks", tasks, task_options)
     quiet_libraries()
-    from dsllm.checkpoint.export import load_any
+    from dsllm.checkpoint.export import checkpoint_of, load_any
     from dsllm.checkpoint.layout import run_folder_of
     from dsllm.checkpoint.manifest import read_manifest
     from dsllm.data.hellaswag import read_items
@@ -99,7 +99,7 @@ def evaluate(
     from dsllm.model.positions import num_positions
     from dsllm.spec.load import load_spec
 
-    checkpoint = _checkpoint(source)
+    checkpoint = checkpoint_of(source)
     own = str(run_folder_of(checkpoint) / "spec.yaml") if checkpoint is not None else None
     wanted = _wanted_spec(spec or own, overrides or [])
     max_sequences = _max_sequences(batches, wanted)
@@ -135,15 +135,6 @@ def _refuse_without(option: str, value: object, others: Mapping[str, object]) ->
     for name, given in others.items():
         if value is None and given is not None:
             raise UserError(f"{name}: given {given} without {option}, to which it belongs; give both, or neither")
-
-
-def _checkpoint(source: Path) -> Path | None:
-    """Of a run or checkpoint; None of an exported folder."""
-    from dsllm.checkpoint.resume import checkpoint_at
-
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; give a run, one of its checkpoints, or an exported folder")
-    return None if (source / "config.json").is_file() else checkpoint_at(source)
 
 
 def _wanted_spec(named: str | None, overrides: list[str]) -> Spec | None:
@@ -205,8 +196,9 @@ def _ask_hellaswag(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, i
 
 
 def _watched(pieces: Iterable[T], number: int, what: str) -> Iterable[T]:
-    """The same pieces, with a bar on a terminal that is gone when they are done."""
+    """The same pieces, with a bar that is gone when they are done; elsewhere than on a terminal there is none."""
     from rich.console import Console
     from rich.progress import track
 
-    return track(pieces, what, total=number, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return track(pieces, what, total=number, console=console, transient=True, disable=not console.is_terminal)

@@ -25,11 +25,13 @@ Source = Annotated[
     typer.Argument(help="Folder of a run, a checkpoint (global_step<N>, converted or not), or an exported folder."),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")]
+COLDEST, HOTTEST = 0.001, 1000.0
+"""Between these temperatures quotients of logits stay finite, and tokens differ in probability."""
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.")]
 TopK = Annotated[int, typer.Option(min=0, help="Choose among so many tokens; 0 for all.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Choose among this share of the probability.")]
+TopP = Annotated[float, typer.Option(help="Choose among this share of the probability, from 0 to 1.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")]
-Seed = Annotated[int, typer.Option(help="The same seed writes the same text.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed writes the same text.")]
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to compute; auto is a GPU where there is one.")
 ]
@@ -58,6 +60,7 @@ def generate(
 
     Example: dsllm generate runs/quickstart --prompt "def main(" --samples 3
     """
+    check_choice(temperature, top_p, stop)
     text = read_prompt(prompt, prompt_file)
     model, tokenizer = ready(source, device, precision)
     from dsllm.model.generate import Sampling, encode_prompt
@@ -118,6 +121,7 @@ def chat(
 
     Example: dsllm chat out/quickstart --user "Q:" --model "A:"
     """
+    check_choice(temperature, top_p, stop)
     speaker, tokenizer = ready(source, device, precision)
     from dsllm.cli.chat_session import talk
     from dsllm.model.chat import MODEL_LABEL, USER_LABEL, Conversation, Form, Template, Transcript
@@ -127,10 +131,24 @@ def chat(
     if tokenizer.chat_template and user is None and model is None:
         form = Template(tokenizer, system)
     else:
-        form = Transcript(tokenizer, user or USER_LABEL, model or MODEL_LABEL, system)
+        labels = (USER_LABEL if user is None else user, MODEL_LABEL if model is None else model)
+        form = Transcript(tokenizer, *labels, system)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, tuple(stop or ()))
     with until_closed_or_interrupted():
         talk(Conversation(speaker, tokenizer, form, sampling, seed))
+
+
+def check_choice(temperature: float, top_p: float, stops: list[str] | None) -> None:
+    """UserError for options of which no choice of tokens can be made, "not a number" among them."""
+    if temperature != 0 and not COLDEST <= temperature <= HOTTEST:
+        raise UserError(
+            f"--temperature: given {temperature:g}; must be 0, or from {COLDEST:g} to {HOTTEST:g}; choose 0 for the "
+            "likeliest token each time"
+        )
+    if not 0 <= top_p <= 1:
+        raise UserError(f"--top-p: given {top_p:g}; must be from 0 to 1; choose 1 for all tokens")
+    if "" in (stops or ()):
+        raise UserError("--stop: given an empty text, before which everything would end; give some text, or no --stop")
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -37,6 +37,8 @@ def read_items(path: str, limit: int | None = None) -> list[Item]:
 
     Raises DataError for what is not there, is empty, or has a row that is none of HellaSwag's, with its line.
     """
+    if not path:
+        raise DataError("hellaswag: given an empty name; give a JSONL file of HellaSwag's rows, or a dataset's name")
     rows = _rows_of_file(Path(path).expanduser()) if _names_a_file(path) else _rows_of_dataset(path)
     items: list[Item] = []
     for place, row in rows:

@@ -101,6 +101,7 @@ def _facts(source: Source, init: Pretrained) -> dict[str, Any]:
     """Enough to tell one model from another without reading all of it."""
     return {
         **init.model_dump(mode="json"),
+        "is_folder": Path(init.name).expanduser().is_dir(),
         "config_sha256": hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest(),
         "weight_files": {file.name: file.stat().st_size for file in source.files},
     }

@@ -11,6 +11,8 @@ NextLogits = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 (sequences, vocabulary)."""
 Choose = Callable[[torch.Tensor, Sequence[int]], list[int]]
 """A token for each row of logits, given the number of the prompt that each row belongs to."""
+COLDEST = 1e-6
+"""Temperature below which tokens are drawn as at this one: the quotient by it is still a number in fp32."""
 
 
 def continue_prompts(
@@ -51,7 +53,9 @@ def choose_token(logits: torch.Tensor, temperature: float, top_k: int, generator
     if temperature == 0:
         return int(logits.argmax())
     likeliest, tokens = logits.topk(min(top_k, len(logits)) if top_k else len(logits))
-    probabilities = torch.softmax(likeliest / temperature, dim=0)
+    # Below the likeliest, which is 0, so that no quotient is larger than a number can be.
+    below = torch.nan_to_num(likeliest - likeliest.max())
+    probabilities = torch.softmax(below / max(temperature, COLDEST), dim=0)
     return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 

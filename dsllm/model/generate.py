@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -84,22 +86,39 @@ def generate(
     torch.manual_seed(seed)
     streams = [TextStream(tokenizer, context, sampling.stops) for _ in range(num_samples)]
     ids = torch.tensor([context], device=model.device)
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
+    end_ids = _end_ids(model, tokenizer)
+    settings = GenerationConfig(
         max_new_tokens=min(sampling.max_new_tokens, positions - len(context) if positions else sampling.max_new_tokens),
         num_return_sequences=num_samples,
+        eos_token_id=sorted(end_ids) or None,
         pad_token_id=0,  # of samples that have ended: nobody reads it
         # Rows that only pad the vocabulary are no tokens.
         suppress_tokens=list(range(token_count(tokenizer), model.config.get_text_config().vocab_size)) or None,
-        logits_processor=LogitsProcessorList([_Soundness()]),
-        stopping_criteria=StoppingCriteriaList([_Listener(streams, _end_ids(model, tokenizer), on_text)]),
         **_choice(sampling),
     )
+    with _without_own_settings(model):
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([_Soundness()]),
+            stopping_criteria=StoppingCriteriaList([_Listener(streams, end_ids, on_text)]),
+        )
     for sample, stream in enumerate(streams):
         if not stream.is_finished:
             on_text(sample, stream.finish(), True)
     return [Continuation(stream.text, stream.num_tokens) for stream in streams]
+
+
+@contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the model has no settings of its own, which transformers mixes with those that it is given: beams, or a
+    penalty for what was said before."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _choice(sampling: Sampling) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from dsllm.errors import DsllmError, UserError
 from dsllm.model.conversion import Conversion
 from dsllm.model.depth import blocks_name, refuse_other_layers, with_layers
+from dsllm.model.output_folder import refuse_filled
 from dsllm.model.source import Source, build_skeleton
 from dsllm.model.source_files import SAFETENSORS, find_folder
 from dsllm.spec.layers import chosen_layers, parse_layers
@@ -64,8 +65,7 @@ def grow(name: str, output: Path, layers: str, *, revision: str | None = None, m
     twice, less than `max_shard_bytes`, the size of a file. Raises UserError where the source cannot be had or has no
     such layers, or `output` holds something; on any fault nothing stays behind.
     """
-    if output.is_file() or (output.exists() and any(output.iterdir())):
-        raise UserError(f"{output}: not empty; choose another folder for the new model, or empty it")
+    refuse_filled(output, "the new model")
     source = Source(find_folder(name, revision))
     numbers = chosen_layers(layers, "--layers", source.config.num_hidden_layers, name)
     moves = _moves(source, numbers)

@@ -19,11 +19,12 @@ from dsllm.model.source_files import Tensors, first_line, weight_files
 class Source:
     """A model in a Hugging Face folder. Nothing is read before it is asked for, and nothing is kept."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises UserError where configuration or weights are not there, damaged, or not of each other."""
+    def __init__(self, folder: Path, *, to_train: bool = True) -> None:
+        """Raises UserError where configuration or weights are not there, damaged, or not of each other, and where they
+        are what dsllm cannot train on, unless it is not `to_train`."""
         self.folder = folder
         self.config = read_config(folder)
-        self.skeleton = build_skeleton(self.config, str(folder))
+        self.skeleton = build_skeleton(self.config, str(folder), to_train=to_train)
         self.files = weight_files(folder)
         self.tensors = Tensors(self.files)
         self.conversion = Conversion(self.skeleton, self.tensors.shapes)
@@ -41,7 +42,7 @@ class Source:
         return self.conversion.make(self._other_name.get(name, name), self.tensors.read)
 
     def _refuse_missing(self) -> None:
-        names = [name for name, _ in self.skeleton.named_parameters()]
+        names = [*dict(self.skeleton.named_parameters()), *_state_beside_weights(self.skeleton)]
         missing = [name for name in names if self.shape(name) is None]
         if missing:
             raise UserError(
@@ -69,27 +70,34 @@ class Source:
                     )
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration in a folder. Raises UserError for one that transformers does not know, or that is quantised."""
+def read_config(folder: Path, *, to_train: bool = True) -> PretrainedConfig:
+    """The configuration in a folder. Raises UserError for one that transformers does not know, or, `to_train`, of
+    weights that are quantised."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of many kinds: damaged JSON, a type it does not know, code that would have to run
         raise UserError(
-            f"{folder}: transformers cannot read its config.json ({first_line(error)}); give a model of a type that "
-            "this version of transformers has"
+            f"{folder}: transformers cannot read its config.json ({first_line(error)}); copy it again where it is "
+            "damaged, or give a model of a type that this version of transformers has"
         ) from error
-    if getattr(config, "quantization_config", None) is not None:
+    if to_train and is_quantised(config):
         raise UserError(
             f"{folder}: its weights are quantised, which cannot be trained on; give the model in bf16 or fp32"
         )
     return config
 
 
-def build_skeleton(config: PretrainedConfig, name: str) -> PreTrainedModel:
+def is_quantised(config: PretrainedConfig) -> bool:
+    """Whether the weights of a configuration are of a type that is no number by itself."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def build_skeleton(config: PretrainedConfig, name: str, *, to_train: bool = True) -> PreTrainedModel:
     """The model of a configuration without memory: names and shapes alone. Raises UserError where it is no causal
-    language model, or one beside others, cannot be built, or keeps state that training would not update."""
+    language model, cannot be built or, `to_train`, is one beside others, or keeps state that training would not
+    update."""
     check_is_causal(config, name)
-    if config.get_text_config(decoder=True) is not config:
+    if to_train and config.get_text_config(decoder=True) is not config:
         raise UserError(
             f"{name}: its configuration holds others, as that of a model of text and images does, and dsllm trains the "
             "text model alone; give one of text"
@@ -101,10 +109,9 @@ def build_skeleton(config: PretrainedConfig, name: str) -> PreTrainedModel:
         raise UserError(
             f"{name}: transformers builds no model of its config.json ({first_line(error)}); mend the key"
         ) from error
-    buffers = skeleton.state_dict().keys() - dict(skeleton.named_parameters(remove_duplicate=False)).keys()
-    if buffers:
+    if to_train and (state := _state_beside_weights(skeleton)):
         raise UserError(
-            f"{name}: its models keep state beside their weights, {sorted(buffers)[0]}, which dsllm does not train; "
+            f"{name}: its models keep state beside their weights, {state[0]}, which dsllm does not train; "
             "choose another family"
         )
     return skeleton
@@ -113,6 +120,11 @@ def build_skeleton(config: PretrainedConfig, name: str) -> PreTrainedModel:
 def by(shape: Sequence[int]) -> str:
     """`(500, 64)` -> `500 x 64`."""
     return " x ".join(map(str, shape))
+
+
+def _state_beside_weights(skeleton: PreTrainedModel) -> list[str]:
+    """Buffers that belong to what a model has learned."""
+    return sorted(skeleton.state_dict().keys() - dict(skeleton.named_parameters(remove_duplicate=False)).keys())
 
 
 def _other_names(skeleton: PreTrainedModel, conversion: Conversion) -> dict[str, str]:

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from dsllm.errors import UserError
 from dsllm.model.source_files import first_line
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""Without any of these transformers makes an empty tokenizer without a word."""
 
 
 def tokens_by_id(folder: Path) -> dict[int, str] | None:
@@ -18,16 +19,20 @@ def tokens_by_id(folder: Path) -> dict[int, str] | None:
 
     Raises UserError for one that cannot be read.
     """
+    remedy = "mend it, or take its files away to go on without comparing"
+    tokenizer = folder_tokenizer(folder, remedy)
+    return None if tokenizer is None else {number: token for token, number in tokenizer.get_vocab().items()}
+
+
+def folder_tokenizer(folder: Path, remedy: str) -> Any | None:
+    """The tokenizer in a model's folder; None where there is none. Raises UserError, with the `remedy`, for one that
+    cannot be read."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of many kinds; a damaged tokenizer.json raises a bare Exception
-        raise UserError(
-            f"{folder}: its tokenizer cannot be read ({first_line(error)}); mend it, or take its files away to go on "
-            "without comparing"
-        ) from error
-    return {number: token for token, number in tokenizer.get_vocab().items()}
+        raise UserError(f"{folder}: its tokenizer cannot be read ({first_line(error)}); {remedy}") from error
 
 
 def refuse_another_tokenizer(run: dict[int, str], source: dict[int, str], name: str) -> None:

@@ -158,6 +158,7 @@ def test_the_log_says_what_was_taken_and_the_passport_keeps_it(ends: dict[str, A
     assert "; a model that has learned nothing has " in log(folder / "grown")
     init = json.loads((folder / "grown" / "passport.json").read_text())["init"]
     assert (init["kind"], init["name"], init["layers"]) == ("pretrained", str(folder / "out"), "0-2,1-3")
+    assert init["is_folder"] is True
     assert len(init["config_sha256"]) == 64
     assert list(init["weight_files"]) == ["model.safetensors"]
     assert json.loads((folder / "scratch" / "passport.json").read_text())["init"] == {"kind": "scratch"}
