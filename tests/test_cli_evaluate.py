@@ -121,6 +121,7 @@ def test_a_task_of_ones_own_is_asked_within_its_limit(asked_of_the_harness: dict
     assert asked_of_the_harness["tasks"]["results"]["local_questions"]["sample_len"] == 8
 
 
+@pytest.mark.slow  # the library lists its thousands of tasks anew
 def test_a_table_shows_each_metric_of_each_task(
     asked_of_the_harness: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +223,7 @@ def test_a_folder_of_tasks_that_is_none_is_refused(exported: Path, tmp_path: Pat
         dsllm(exported, "--tasks", "arc_easy", "--include-path", tmp_path / "gone")
 
 
+@pytest.mark.slow  # the library lists its thousands of tasks anew
 def test_a_task_whose_data_are_not_there_is_refused_in_one_line(exported: Path, tasks: Path) -> None:
     pytest.importorskip("lm_eval", reason=HARNESS_MISSING)
     with pytest.raises(UserError, match=r"--tasks: given 'lost_questions'; they cannot be loaded \(.*gone") as caught:
