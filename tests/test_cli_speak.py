@@ -262,6 +262,16 @@ class Terminal:
             self._read()
         self.seen = self.seen.partition(text)[2]
 
+    def interrupt_until(self, text: str, seconds: float = 60.0) -> None:
+        """Ctrl-C until `text` is shown: one that comes between a prompt and readline's wait for a key is not heard."""
+        until = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < until, self.seen
+            self.process.send_signal(signal.SIGINT)
+            for _ in range(10):
+                self._read()
+        self.seen = self.seen.partition(text)[2]
+
     def wait_for_more(self, seconds: float = 60.0) -> None:
         """Until anything is shown behind what was waited for last."""
         until = time.monotonic() + seconds
@@ -290,8 +300,7 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_the_session(talkative: 
         terminal.type("/sing\n")
         terminal.wait_for("/sing: no such command")
         terminal.wait_for("> ")
-        terminal.process.send_signal(signal.SIGINT)  # at the prompt: the line alone
-        terminal.wait_for("> ")
+        terminal.interrupt_until("> ")  # at the prompt: the line alone
         terminal.type("the fox\n")
         terminal.wait_for("the fox")
         terminal.wait_for_more()
