@@ -63,3 +63,14 @@ class TrainingError(DsllmError):
 
 class OneRankError(TrainingError):
     """A fault that meets one rank alone, which therefore says it itself; the message names the rank."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of what another library says, without its full stop; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """All of what another library says, which may be several lines; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -127,7 +127,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     from dsllm.engine.questions import open_questions, read_material
     from dsllm.engine.run_folder import describe_run, make_passport
     from dsllm.engine.start import loss_implementation, start_engine
-    from dsllm.engine.starting_point import FROM_SCRATCH, open_starting_point
+    from dsllm.engine.starting_point import facts_of, open_starting_point
     from dsllm.engine.trainer import train
     from dsllm.launch.devices import calibration_file
     from dsllm.model.shapes import shape_of
@@ -170,7 +170,7 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     material = read_material(spec, folder.tokenizer)
     if start is not None:
         start.check_tokenizer(folder.tokenizer)
-    init = started_from(checkpoint) if checkpoint is not None else start.facts if start is not None else FROM_SCRATCH
+    init = started_from(checkpoint) if checkpoint is not None else facts_of(start)
     passport = ranks.on_rank_0(lambda: make_passport(spec, world.size, ranks.device_name(), data, init))
     if checkpoint is not None:
         ranks.on_rank_0(lambda: check_same_data(checkpoint, passport))
@@ -196,11 +196,11 @@ def carry_out(spec: Spec, world: World, folder: RunFolder, resume: str, limit: T
     ranks.on_rank_0(lambda: foretell_room(folder.checkpoints, checkpoint_bytes(run), spec.checkpoint.keep_last))
 
     earlier = run_folder_of(checkpoint) if checkpoint is not None else None
-    judge = open_judge(spec, batch, world, folder, first_step, checkpoint, earlier)
+    judge = open_judge(spec, shape, batch, world, folder, first_step, checkpoint, earlier)
     saver = CheckpointSaver(engine, folder.checkpoints, spec.checkpoint, spec.training.precision, limit.save_took)
     with (
         saver,
-        metrics.open_recorder(spec, folder, batch, world, first_step, steps, memory) as record,
+        metrics.open_recorder(spec, shape, folder, batch, world, first_step, steps, memory) as record,
         exhausted.explained(needs, memory, "between the phases of a step"),
     ):
 

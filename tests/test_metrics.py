@@ -29,6 +29,7 @@ from dsllm.engine.progress import ProgressReport
 from dsllm.engine.ranks import World
 from dsllm.engine.run_folder import RunFolder
 from dsllm.plan.batch import resolve_batch
+from dsllm.plan.model_shape import model_shape
 from dsllm.spec.load import load_spec
 from dsllm.spec.sections import Spec, Wandb
 
@@ -49,7 +50,9 @@ def quickstart(*overrides: str) -> Spec:
 def record_steps(spec: Spec, folder: RunFolder, first: int, last: int, rank: int = 0) -> None:
     """The steps after `first` up to `last` of a run."""
     world = World(rank=rank, size=1, local_size=1)
-    with open_recorder(spec, folder, resolve_batch(spec.batch, 1), world, first, 100, MemoryMeter(None)) as record:
+    with open_recorder(
+        spec, model_shape(spec), folder, resolve_batch(spec.batch, 1), world, first, 100, MemoryMeter(None)
+    ) as record:
         for step in range(first + 1, last + 1):
             record(step_record(step))
 
@@ -116,7 +119,9 @@ def test_going_back_takes_out_the_steps_that_are_done_again_and_tensorboard_hide
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     spec, world = load_spec("quickstart"), World(rank=0, size=1, local_size=1)
-    with open_recorder(spec, folder, resolve_batch(spec.batch, 1), world, 0, 100, MemoryMeter(None)) as record:
+    with open_recorder(
+        spec, model_shape(spec), folder, resolve_batch(spec.batch, 1), world, 0, 100, MemoryMeter(None)
+    ) as record:
         for step in range(1, 8):
             record(step_record(step))
         record.go_back(4)

@@ -69,11 +69,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     replace_durably(folder / MANIFEST_FILE, manifest.model_dump_json(indent=1) + "\n")
 
 
-def first_line(error: BaseException) -> str:
-    """What it says, or its kind where it says nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def record_of(path: Path) -> FileRecord:
     """A file as it is on the disk now."""
     forget_cached(path)

@@ -23,7 +23,7 @@ from dsllm.checkpoint.layout import (
     step_folder,
     write_latest,
 )
-from dsllm.checkpoint.manifest import FileRecord, Manifest, first_line, write_manifest
+from dsllm.checkpoint.manifest import FileRecord, Manifest, write_manifest
 from dsllm.checkpoint.restore import loss_scaler_numbers
 from dsllm.checkpoint.retention import remove_old
 from dsllm.checkpoint.snapshot import HostBuffers, Snapshot, offloaded_files, write_files
@@ -32,7 +32,7 @@ from dsllm.engine import ranks
 from dsllm.engine.fragments import layout_of, shapes_of
 from dsllm.engine.generators import generator_states
 from dsllm.engine.last_words import cause_of
-from dsllm.errors import Cause, CheckpointError, OneRankError, TrainingError
+from dsllm.errors import Cause, CheckpointError, OneRankError, TrainingError, first_line
 from dsllm.spec.sections import Checkpoint, Precision
 from dsllm.units import format_bytes
 

@@ -16,8 +16,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from dsllm.checkpoint.layout import sync_folder
-from dsllm.checkpoint.manifest import FileRecord, first_line, record_of
-from dsllm.errors import CheckpointError
+from dsllm.checkpoint.manifest import FileRecord, record_of
+from dsllm.errors import CheckpointError, first_line
 
 
 class HostBuffers:

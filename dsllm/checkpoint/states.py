@@ -16,11 +16,11 @@ import torch
 from pydantic import ValidationError
 
 from dsllm.checkpoint.layout import fragments_file
-from dsllm.checkpoint.manifest import ANOTHER, first_line, read_manifest
+from dsllm.checkpoint.manifest import ANOTHER, read_manifest
 from dsllm.checkpoint.safe_load import DEEPSPEED_CLASSES
 from dsllm.data.shards import Record
 from dsllm.engine.fragments import Fragment, Nesting
-from dsllm.errors import CheckpointError
+from dsllm.errors import CheckpointError, first_line
 
 Kind = Literal["fp32", "exp_avg", "exp_avg_sq", "momentum_buffer"]
 MASTER: Kind = "fp32"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsllm.errors import DataError
+from dsllm.errors import DataError, one_line
 
 NUM_ENDINGS = 4
 HUB_SPLIT = "validation"
@@ -85,10 +85,9 @@ def _rows_of_dataset(name: str) -> Iterator[tuple[str, Any]]:
     try:
         dataset = load_dataset(str(Path(name).expanduser()), split=HUB_SPLIT)
     except Exception as error:  # of the library, of pyarrow, of the network: they have no kind in common
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{name}: no such file, and as a dataset it cannot be loaded ({reason}); correct the name, or give a JSONL "
-            f"file of HellaSwag's rows"
+            f"{name}: no such file, and as a dataset it cannot be loaded ({one_line(error)}); correct the name, or "
+            "give a JSONL file of HellaSwag's rows"
         ) from error
     return ((f"{name}, row {number}", row) for number, row in enumerate(dataset, 1))
 

@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from dsllm.data.shards import TOKENIZER_FILE, token_dtype
-from dsllm.errors import DataError
+from dsllm.errors import DataError, one_line
 
 SENTENCEPIECE_FILE = "sentencepiece.model"
 
@@ -69,7 +69,7 @@ def read_tokenizer(directory: Path | str) -> Tokenizer:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # `tokenizers` raises nothing more special
         raise DataError(
-            f"{file}: not a tokenizer ({' '.join(str(error).split())}); write the folder again with save_pretrained"
+            f"{file}: not a tokenizer ({one_line(error)}); write the folder again with save_pretrained"
         ) from error
 
 

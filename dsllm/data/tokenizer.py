@@ -19,7 +19,7 @@ from dsllm.data.held_out import key_number
 from dsllm.data.sources.catalogue import documents
 from dsllm.data.token_ids import SENTENCEPIECE_FILE, TOKENIZER_FILE, TokenIds, read_tokenizer, readable
 from dsllm.data.vocabulary import END_OF_TEXT, fast_tokenizer, train_bpe, train_sentencepiece
-from dsllm.errors import DataError, UserError
+from dsllm.errors import DataError, UserError, one_line
 from dsllm.spec.derived import vocab_size
 from dsllm.spec.sections import BpeTokenizer, PretrainedTokenizer, SentencePieceTokenizer, Source, Spec
 
@@ -187,7 +187,7 @@ def fetch_tokenizer(config: PretrainedTokenizer) -> PreTrainedTokenizerFast:
         )
     except Exception as error:  # of many kinds; a damaged tokenizer.json raises a bare Exception
         raise DataError(
-            f"{name}; it cannot be loaded ({' '.join(str(error).split())}); check the name and the network, "
+            f"{name}; it cannot be loaded ({one_line(error)}); check the name and the network, "
             f"or set it to a local folder that save_pretrained wrote where there is a network"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

@@ -26,7 +26,7 @@ def evaluate(
     engine.eval()
     sums = torch.stack([loss_and_tokens(engine, open_set(), ranks.device()) for open_set in sets.values()])
     engine.train()
-    ranks.sum_over_ranks(sums)
+    sums = ranks.sum_over_ranks(sums)
     tokens = dict(zip(sets, sums[:, 1].tolist(), strict=True))
     losses = dict(zip(sets, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
     record = {"val_loss": combined_loss(losses, tokens, shares)}

@@ -21,8 +21,8 @@ from dsllm.engine.run_folder import RunFolder
 from dsllm.engine.spikes import Spike, SpikeDetector
 from dsllm.errors import TrainingError
 from dsllm.launch.history import History, num_roll_backs, read_history, skipped_batches
-from dsllm.model.shapes import shape_of
 from dsllm.plan.batch import BatchPlan
+from dsllm.plan.model_shape import ModelShape
 from dsllm.spec.sections import Guards, Spec
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class Past:
 
 def open_judge(
     spec: Spec,
+    shape: ModelShape,
     batch: BatchPlan,
     world: ranks.World,
     folder: RunFolder,
@@ -56,7 +57,7 @@ def open_judge(
     if earlier is not None:
         past = ranks.on_rank_0(lambda: read_past(RunFolder(earlier), first_step, spec.guards.spike_window))
     is_untrained = spec.model.init.kind == "scratch"
-    judge = Judge(spec.guards, batch, world, folder, past, untrained_loss(shape_of(spec), spec), is_untrained)
+    judge = Judge(spec.guards, batch, world, folder, past, untrained_loss(shape, spec), is_untrained)
     details = {"checkpoint": str(checkpoint)} if checkpoint else {}
     skipped = list(past.skipped_batches)
     event = "resumed" if checkpoint else "started"

@@ -20,10 +20,9 @@ from dsllm.engine import ranks
 from dsllm.engine.memory_meter import MemoryMeter
 from dsllm.engine.progress import ProgressReport
 from dsllm.engine.run_folder import RunFolder
-from dsllm.model.shapes import shape_of
 from dsllm.plan.batch import BatchPlan
 from dsllm.plan.hardware import gpu_of_device
-from dsllm.plan.model_shape import flops_per_token
+from dsllm.plan.model_shape import ModelShape, flops_per_token
 from dsllm.spec.sections import Spec, Wandb
 
 logger = logging.getLogger(__name__)
@@ -87,6 +86,7 @@ def peak_memory_bytes(memory: MemoryMeter) -> int:
 @contextmanager
 def open_recorder(
     spec: Spec,
+    shape: ModelShape,
     folder: RunFolder,
     batch: BatchPlan,
     world: ranks.World,
@@ -95,7 +95,6 @@ def open_recorder(
     memory: MemoryMeter,
 ) -> Iterator[Recorder]:
     """A recorder to the screen and everything that the spec asks for, of a run that goes on after `first_step`."""
-    shape = shape_of(spec)
     with ExitStack() as stack:
         # These can show a step again: wandb by the step of the record, the screen by its time.
         steady: list[Sink] = []

@@ -97,6 +97,11 @@ def open_starting_point(spec: Spec, activity: Activity) -> StartingPoint | None:
     return StartingPoint(spec, init, activity) if isinstance(init, Pretrained) else None
 
 
+def facts_of(start: StartingPoint | None) -> dict[str, Any]:
+    """What the passport says of it, or of random weights."""
+    return start.facts if start is not None else FROM_SCRATCH
+
+
 def _facts(source: Source, init: Pretrained) -> dict[str, Any]:
     """Enough to tell one model from another without reading all of it."""
     return {

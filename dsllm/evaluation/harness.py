@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsllm.errors import UserError
+from dsllm.errors import UserError, one_line
 
 
 class Metric(NamedTuple):
@@ -100,10 +100,9 @@ def _load(manager: Any, names: Sequence[str]) -> list[Any]:
     try:
         loaded = manager.load(list(dict.fromkeys(chain(*matched))))
     except Exception as error:  # of the library, of datasets, of the network: they have no kind in common
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"--tasks: given '{','.join(names)}'; they cannot be loaded ({reason}); mend the task, or fetch its data "
-            f"where there is a network"
+            f"--tasks: given '{','.join(names)}'; they cannot be loaded ({one_line(error)}); mend the task, or "
+            "fetch its data where there is a network"
         ) from error
     inside = set(chain(*loaded.get("group_map", {}).values()))
     everything = {**loaded.get("groups", {}), **loaded["tasks"]}

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dsllm.errors import UserError
+from dsllm.errors import UserError, one_line
 from dsllm.model.generate import Sampling, generate
 from dsllm.model.positions import num_positions
 
@@ -77,7 +77,7 @@ class Template:
             )
         except Exception as error:  # templates raise what they like
             raise UserError(
-                f"the tokenizer's chat template refuses the conversation ({' '.join(str(error).split())}); "
+                f"the tokenizer's chat template refuses the conversation ({one_line(error)}); "
                 "leave --system out, or give --user and --model for a plain transcript"
             ) from error
         return ids

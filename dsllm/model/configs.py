@@ -14,7 +14,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from dsllm.errors import UserError
+from dsllm.errors import UserError, first_line, one_line
 from dsllm.spec.config_file import read_config_file, start_config
 from dsllm.spec.config_keys import NAMES_OF_OURS
 from dsllm.spec.derived import config_source, written_config
@@ -79,7 +79,7 @@ def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.config: given '{name}': no folder with a config.json, and no model on the Hub that can be read now "
-            f"({str(error).strip().splitlines()[0]}); check the name, or the network"
+            f"({first_line(error)}); check the name, or the network"
         ) from error
     return {key: value for key, value in keys.items() if not key.startswith("_")}
 
@@ -101,8 +101,9 @@ def auto_config(keys: dict[str, Any], source: str = "model.config") -> Pretraine
     try:
         config = config_class.from_dict({key: value for key, value in keys.items() if key != "torch_dtype"})
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source}: transformers takes it for no {model_type} ({reason}); correct the key") from error
+        raise UserError(
+            f"{source}: transformers takes it for no {model_type} ({one_line(error)}); correct the key"
+        ) from error
     check_is_causal(config, source)
     return config
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dsllm.errors import first_line
+
 ROTARY = "apply_rotary_pos_emb"
 """The function in a family's module of transformers that turns queries and keys."""
 
@@ -44,7 +46,7 @@ def liger_fault() -> str | None:
     try:
         import liger_kernel.transformers.monkey_patch  # noqa: F401
     except ImportError as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return first_line(error)
     return None
 
 

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from dsllm.errors import UserError
+from dsllm.errors import UserError, first_line
 from dsllm.model.families import NO_TOKENS
 
 VOCAB_SIZE = 512
@@ -62,9 +62,9 @@ def narrow_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _unbuildable(config: PretrainedConfig, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(
-        f"model.config: no model of type {config.model_type} can be built of it ({reason}); correct its sizes"
+        f"model.config: no model of type {config.model_type} can be built of it ({first_line(error)}); correct its "
+        "sizes"
     )
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from dsllm.errors import UserError
+from dsllm.errors import UserError, first_line
 from dsllm.model.configs import check_is_causal
 from dsllm.model.source import Source, is_quantised, read_config
-from dsllm.model.source_files import first_line, weight_files
+from dsllm.model.source_files import weight_files
 from dsllm.model.source_tokenizer import folder_tokenizer
 
 

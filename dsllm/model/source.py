@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from dsllm.errors import UserError
+from dsllm.errors import UserError, first_line
 from dsllm.model.build import build_model
 from dsllm.model.configs import check_is_causal
 from dsllm.model.conversion import Conversion
-from dsllm.model.source_files import Tensors, first_line, weight_files
+from dsllm.model.source_files import Tensors, weight_files
 
 
 class Source:

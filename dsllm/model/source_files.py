@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dsllm.errors import UserError
+from dsllm.errors import UserError, first_line
 
 SAFETENSORS, TORCH = "model.safetensors", "pytorch_model.bin"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -128,9 +128,3 @@ def _indexed(index: Path) -> list[Path]:
     if missing:
         raise UserError(f"{index}: names {missing[0]}, which is not there ({len(missing)} of {len(names)}); {_MISSING}")
     return [index.parent / name for name in names]
-
-
-def first_line(error: Exception) -> str:
-    """Of what a library says, without its full stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from dsllm.errors import UserError
-from dsllm.model.source_files import first_line
+from dsllm.errors import UserError, first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """Without any of these transformers makes an empty tokenizer without a word."""

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.integrations import moe
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dsllm.errors import UserError
+from dsllm.errors import UserError, first_line
 from dsllm.model.build import DTYPES, build_model, enable_activation_checkpointing
 from dsllm.model.configs import check_is_causal, num_experts
 from dsllm.model.cuda_kernels import cuda_kernels
@@ -150,9 +150,8 @@ def config_of(path: str | Path) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(str(file), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{file}: not a config that this transformers can read ({reason}); check its model_type"
+            f"{file}: not a config that this transformers can read ({first_line(error)}); check its model_type"
         ) from error
     check_is_causal(config, str(file))
     return config

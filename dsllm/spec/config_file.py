@@ -11,7 +11,7 @@ from dsllm.errors import UserError
 from dsllm.spec.layers import chosen_layers, config_with_layers, depth_key_of, says_all_of_layers
 
 
-def with_written_config(document: dict[str, Any]) -> dict[str, Any]:
+def with_local_config(document: dict[str, Any]) -> dict[str, Any]:
     """A spec's mapping with the configuration of an automatic model written out, where that is in a local folder.
 
     A name that is no local path may be one on the Hub, which is asked where a run starts; so is transformers for what

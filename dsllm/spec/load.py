@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from dsllm.errors import SpecError, UserError
-from dsllm.spec.config_file import with_written_config
+from dsllm.spec.config_file import with_local_config
 from dsllm.spec.rules import broken_rules
 from dsllm.spec.sections import Spec
 from dsllm.spec.yaml_text import dump_yaml, read_document
@@ -29,13 +29,13 @@ def load_spec(name_or_path: str, overrides: Sequence[str] = ()) -> Spec:
     Raises UserError for a file that is missing or unreadable, and SpecError with every problem of its content.
     """
     path = find_spec(name_or_path)
-    document = with_written_config(_mapping(read_document(path, name_or_path), name_or_path))
+    document = with_local_config(_mapping(read_document(path, name_or_path), name_or_path))
     problems: list[str] = []
     if overrides:
         from dsllm.spec.overrides import apply_overrides  # builds the schema, which plain loading does not need
 
         document, problems = apply_overrides(document, overrides)
-        document = with_written_config(document)
+        document = with_local_config(document)
     return _validate(document, name_or_path, problems)
 
 

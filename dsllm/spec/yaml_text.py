@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from dsllm.errors import UserError
+from dsllm.errors import UserError, one_line
 
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -79,7 +79,7 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise UserError(f"{source}: not valid YAML: {error.problem}{mark}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{source}: not valid YAML: {one_line(error)}") from error
 
 
 def parse_json(text: str, source: str) -> Any:

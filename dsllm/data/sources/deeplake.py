@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dsllm.data.sources.messages import broke_off, describe, no_column, not_text, one_line
+from dsllm.data.sources.messages import broke_off, describe, no_column, not_text
 from dsllm.data.sources.piece import PIECE_BYTES, Document, Dropped, OpenSource, Recall, State
-from dsllm.errors import DataError
+from dsllm.errors import DataError, one_line
 from dsllm.spec.sections import DeepLakeSource
 
 _SAMPLE_ROWS = 1000

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset, Value, load_dataset, load_dataset_builder, load_from_disk
 
 from dsllm.data.sources.dataset_stream import DatasetStream
-from dsllm.data.sources.messages import describe, no_column, no_text, not_text, one_line
+from dsllm.data.sources.messages import describe, no_column, no_text, not_text
 from dsllm.data.sources.piece import PIECE_BYTES, Document, Dropped, OpenSource, Recall, State, ranges
-from dsllm.errors import DataError
+from dsllm.errors import DataError, one_line
 from dsllm.spec.sections import HuggingFaceSource
 
 

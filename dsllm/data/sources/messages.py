@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dsllm.data.sources.piece import Dropped
-from dsllm.errors import DataError, DsllmError
+from dsllm.errors import DataError, DsllmError, one_line
 from dsllm.spec.sections import Source
 
 
@@ -48,8 +48,3 @@ def describe(source: Source) -> str:
         return "python-stdlib source"
     name = source.name if source.kind == "huggingface" else source.path
     return f"{source.kind} source {name!r}"
-
-
-def one_line(error: BaseException) -> str:
-    """Another library's message, which may have several."""
-    return " ".join(str(error).split()) or type(error).__name__

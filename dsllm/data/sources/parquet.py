@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dsllm.data.sources.files import FoundFile, find_files, unreadable
-from dsllm.data.sources.messages import no_column, not_text, one_line
+from dsllm.data.sources.messages import no_column, not_text
 from dsllm.data.sources.piece import PIECE_BYTES, Document, Dropped, OpenSource, ranges
 from dsllm.data.sources.spans import FileSource, Span
-from dsllm.errors import DataError
+from dsllm.errors import DataError, one_line
 from dsllm.spec.sections import ParquetSource
 
 _CUTTABLE_PIECES = 4
